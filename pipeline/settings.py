@@ -1,0 +1,174 @@
+"""All settings in one typed tree: defaults here, an optional ``takedown.toml`` over them.
+
+The resolved tree travels with each version. Units stand in the names; the reason for a value under the field.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import InvalidInput, Problem
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown key is an error, never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class IntakeSettings(Section):
+    """Limits on what a batch may hold."""
+
+    max_text_chars: int = Field(5_000_000, gt=0)
+    """Longest text of one request; a long novel has about 3 million characters."""
+    max_requests: int = Field(10_000, gt=0)
+    """Most requests of one batch."""
+
+
+class DedupeSettings(Section):
+    """Thresholds of deduplication; measured, see the README."""
+
+    fold_containment: float = Field(0.9, gt=0, le=1)
+    """Inside a batch, a text is folded into another that holds at least this share of its shingles."""
+    repeat_covered: float = Field(0.95, gt=0, le=1)
+    """A text is a repeat when the union of earlier takedowns covers at least this share of it."""
+    retain_jaccard: float = Field(0.2, gt=0, le=1)
+    """A retain document with this Jaccard similarity to a takedown is left out of the anchor …"""
+    retain_containment: float = Field(0.4, gt=0, le=1)
+    """… as is one with this containment in either direction. Losing a little retain text is cheap."""
+
+
+class PassageSettings(Section):
+    """How a text is cut into passages; continuations tile the text."""
+
+    prompt_tokens: int = Field(64, gt=0)
+    """Longest prompt in front of a continuation."""
+    continuation_tokens: int = Field(64, gt=1)
+    """Length of a continuation."""
+    first_prompt_tokens: int = Field(16, gt=0)
+    """Prompt of the first passage: the opening words of a work are what people try first."""
+
+
+class ScreenSettings(Section):
+    """What counts as memorised, relative to never-seen text."""
+
+    sigma: float = Field(3.0, ge=0)
+    """A passage is memorised above mean + sigma·std of the exact memorisation of never-seen passages."""
+    assumed_mean: float = Field(0.35, ge=0, lt=1)
+    """Never-seen level when the workspace has neither held-out nor retain text to measure it on."""
+    assumed_std: float = Field(0.05, ge=0, lt=1)
+    """Its standard deviation."""
+
+
+class UnlearnSettings(Section):
+    """Stable Sequential Unlearning: saliency, fit of the task vector, repair."""
+
+    parameterisation: Literal["full", "lora"] = "full"
+    """``full``: the salient coordinates themselves; ``lora``: W + m⊙(BA)."""
+    saliency_k: float = 1.0
+    """γ = mean + k·std of |gradient| over all target weights; a very low k selects everything."""
+    random_label_weight: float = Field(0.1, ge=0)
+    """ε2. The paper uses 0.5; 0.1 keeps the vector selective (README, section Method)."""
+    random_labels_per_prompt: int = Field(3, gt=0)
+    """K mismatched continuations for each prompt."""
+    iterations: int = Field(20, gt=0)
+    """Passes over the forget set while the task vector is fitted."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Adam step size of the fit."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of the fitted weights towards zero, inside the mask only."""
+    lora_rank: int = Field(32, gt=0)
+    lora_alpha: float = Field(32.0, gt=0)
+    lora_learning_rate: float = Field(1e-3, gt=0)
+    """Factors start at zero and need a larger step than weights."""
+    anchor_weight: float = Field(8.0, ge=0)
+    """λ of KL(v0 ‖ θ) on retain text, in the fit and in the repair; 0 is the paper's plain setting."""
+    anchor_passages: int = Field(16, gt=0)
+    """Retain passages per iteration."""
+    repair_iterations: int = Field(60, ge=0)
+    """Most iterations of the repair after negation; 0 is the paper's plain setting."""
+    repair_min_iterations: int = Field(20, ge=0)
+    """Iterations of the repair before it may stop at the target."""
+    repair_learning_rate: float = Field(1e-4, gt=0)
+    repair_floor: float = Field(0.05, ge=0, lt=1)
+    """Unlikelihood acts on tokens still predicted with more than this probability."""
+
+
+class CalibrateSettings(Section):
+    """Search for the strength α."""
+
+    margin: float = Field(0.02, ge=0)
+    """Target = never-seen level + margin, for every request; below the gate's limit so that rounding cannot refuse."""
+    max_alpha: float = Field(64.0, gt=0)
+    """Largest strength tried."""
+    bisections: int = Field(8, gt=0)
+    """Halvings of the bracket."""
+    max_utility_rise: float = Field(0.5, gt=0)
+    """Largest rise of utility NLL in nats over the parent during the search, before repair."""
+
+
+class GateSettings(Section):
+    """Limits a candidate must meet to become the current version."""
+
+    forget_tolerance: float = Field(0.05, ge=0)
+    """Exact memorisation of every request of this and earlier steps ≤ never-seen level + this."""
+    kept_share: float = Field(0.85, ge=0, le=1)
+    """Kept works keep at least this share of their exact memorisation in v0."""
+    perplexity_rise: float = Field(0.10, ge=0)
+    """Held-out perplexity rises by at most this share over v0."""
+
+
+class EvaluateSettings(Section):
+    """What is generated for ROUGE and verbatim runs."""
+
+    generate_passages: int = Field(4, ge=0)
+    """Passages per text that are continued greedily, spread evenly over the text; 0 turns generation off."""
+
+
+class RuntimeSettings(Section):
+    """Where and how the numbers are computed."""
+
+    device: str = "auto"
+    """``auto``: CUDA when present, else the CPU; or a torch device name."""
+    batch_tokens: int = Field(4096, gt=0)
+    """Most tokens, padding included, in one forward pass."""
+    seed: int = 0
+
+
+class Settings(Section):
+    """The whole tree."""
+
+    intake: IntakeSettings = IntakeSettings()
+    dedupe: DedupeSettings = DedupeSettings()
+    passages: PassageSettings = PassageSettings()
+    screen: ScreenSettings = ScreenSettings()
+    unlearn: UnlearnSettings = UnlearnSettings()
+    calibrate: CalibrateSettings = CalibrateSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    gate: GateSettings = GateSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+
+
+def read_settings(path: Path) -> Settings:
+    """Read ``takedown.toml``; an absent file means all defaults.
+
+    Raises:
+        InvalidInput: Not TOML, an unknown key, or a value out of range; every problem is listed.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Settings()
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput([Problem(str(path), f"is not TOML ({error})", "Correct the file.")]) from error
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise InvalidInput(
+            Problem(f"{path}: {'.'.join(str(p) for p in e['loc'])}", e["msg"], "See pipeline/settings.py for all keys.")
+            for e in error.errors()
+        ) from error
