@@ -115,6 +115,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise StoreDamaged(f"{path}: is missing. Restore it from a backup; `takedown verify` lists all breaks.") from error
+        raise StoreDamaged(
+            f"{path}: is missing. Restore it from a backup; `takedown verify` lists all breaks."
+        ) from error
     except ValueError as error:
         raise StoreDamaged(f"{path}: is not JSON ({error}). Restore it from a backup.") from error

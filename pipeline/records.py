@@ -8,13 +8,13 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Record(BaseModel):
     """A frozen record; unknown fields are refused so that an old reader never drops evidence silently."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class TakedownRequest(Record):
@@ -35,10 +35,10 @@ class TakedownRequest(Record):
     title: str
     rights_holder: str
     basis: str
-    contact: str | None = None
+    contact: str | None = Field(None, repr=False)
     batch_id: str
     received_at: datetime
-    text: str
+    text: str = Field(repr=False)
 
 
 # --- dedupe -----------------------------------------------------------------------------------------------
@@ -302,6 +302,46 @@ class Verdict(Record):
 
     accepted: bool
     reasons: tuple[str, ...]
+
+
+class Reference(Record):
+    """What v0 says of the reference texts, measured once for a lineage.
+
+    Attributes:
+        folder: Folder of the measurement, relative to the workspace.
+        level: Never-seen level.
+        scores: v0's scores of kept and held-out texts, by ``kept/NAME`` and ``heldout/NAME``.
+        anchor: v0's predictions on the retain text; None without any.
+    """
+
+    folder: str
+    level: NeverSeenLevel
+    scores: dict[str, TextScore]
+    anchor: FileRef | None
+
+
+class Step(Record):
+    """A fitted vector with the strength found for it.
+
+    Attributes:
+        vector: The task vector, to be negated.
+        calibration: Its strength.
+    """
+
+    vector: VectorReport
+    calibration: Calibration
+
+
+class Publication(Record):
+    """What became of a run.
+
+    Attributes:
+        outcome: ``published``, ``refused``, or ``nothing`` when no request needed a new version.
+        version: The version published.
+    """
+
+    outcome: str
+    version: int | None = None
 
 
 # --- versions, ledger, audit ------------------------------------------------------------------------------

@@ -76,7 +76,9 @@ class UnlearnSettings(Section):
     random_labels_per_prompt: int = Field(3, gt=0)
     """K mismatched continuations for each prompt."""
     iterations: int = Field(20, gt=0)
-    """Passes over the forget set while the task vector is fitted."""
+    """Optimiser steps of the fit; more where needed to see every passage once."""
+    passages_per_iteration: int = Field(32, gt=0)
+    """Forget passages per step; a smaller forget set is seen whole in each."""
     learning_rate: float = Field(1e-4, gt=0)
     """Adam step size of the fit."""
     weight_decay: float = Field(0.0, ge=0)
@@ -89,6 +91,10 @@ class UnlearnSettings(Section):
     """λ of KL(v0 ‖ θ) on retain text, in the fit and in the repair; 0 is the paper's plain setting."""
     anchor_passages: int = Field(16, gt=0)
     """Retain passages per iteration."""
+    anchor_pool: int = Field(256, gt=0)
+    """Retain passages that v0's predictions are kept of, spread evenly over the documents."""
+    anchor_top_k: int = Field(64, gt=0)
+    """Tokens per position kept apart in the KL; the rest share one bucket."""
     repair_iterations: int = Field(60, ge=0)
     """Most iterations of the repair after negation; 0 is the paper's plain setting."""
     repair_min_iterations: int = Field(20, ge=0)
@@ -123,7 +129,10 @@ class GateSettings(Section):
 
 
 class EvaluateSettings(Section):
-    """What is generated for ROUGE and verbatim runs."""
+    """What is measured, and what is generated for ROUGE and verbatim runs."""
+
+    reference_passages: int = Field(128, gt=0)
+    """Most passages of kept texts, and of held-out texts, spread evenly over the files."""
 
     generate_passages: int = Field(4, ge=0)
     """Passages per text that are continued greedily, spread evenly over the text; 0 turns generation off."""

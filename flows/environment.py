@@ -1,0 +1,51 @@
+"""Prefect's surroundings: its own folder in the workspace, telemetry off, its log kept out of the terminal.
+
+In: a workspace. Out: environment variables, set before Prefect is first imported; after that they change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.request
+from pathlib import Path
+
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    # 20 s, the default, is too short for a first start on two busy cores.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "PREFECT_LOGGING_LEVEL": "ERROR",
+    "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def server_answers(api_url: str, timeout_s: float = 3.0) -> bool:
+    """Whether a Prefect server is healthy at an API address."""
+    try:
+        with urllib.request.urlopen(f"{api_url.rstrip('/')}/health", timeout=timeout_s) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError):
+        return False
+
+
+def prepare(workspace: Path) -> str:
+    """Set the environment for runs of this workspace.
+
+    A server named by ``PREFECT_API_URL`` is used when it answers; else Prefect embeds its own. What the user has set
+    is left alone.
+
+    Returns:
+        The server's API address, or ``embedded``.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("PREFECT_HOME", str(workspace / "prefect"))
+    api_url = os.environ.get("PREFECT_API_URL", "")
+    if api_url and server_answers(api_url):
+        return api_url
+    os.environ.pop("PREFECT_API_URL", None)
+    return "embedded"

@@ -1,0 +1,149 @@
+"""The takedown flow: one step from waiting requests to a published version. Read it top to bottom.
+
+Each task is one call into `pipeline.stages`; between tasks travel a folder and a run id, never texts or tensors, so
+that nothing confidential reaches Prefect's database. Every stage is kept in the run's folder, hence no Prefect cache.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from pipeline import stages
+from pipeline.records import Evaluation, Publication
+from pipeline.runs import open_run, plan_run
+from pipeline.workspace import open_workspace, writing
+
+OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+
+
+@task(**OPTIONS)
+def plan(workspace: str, requests: list[str] | None) -> str | None:
+    """Decide what this run works on; its id is the digest of that."""
+    planned = plan_run(open_workspace(Path(workspace)), requests)
+    return planned.run_id if planned else None
+
+
+@task(**OPTIONS)
+def reference(workspace: str, run_id: str) -> str:
+    """Measure v0 on the reference texts, once for the lineage."""
+    return f"never-seen level {stages.reference(workspace, run_id).level.mean:.3f}"
+
+
+@task(**OPTIONS)
+def dedupe(workspace: str, run_id: str) -> dict[str, str]:
+    """Fresh, repeat or folded."""
+    return {d.request_id: d.verdict for d in stages.dedupe_stage(workspace, run_id).decisions}
+
+
+@task(**OPTIONS)
+def screen(workspace: str, run_id: str) -> dict[str, int]:
+    """Memorised passages of each request."""
+    return {r.request_id: len(r.memorised) for r in stages.screen(workspace, run_id).requests}
+
+
+@task(**OPTIONS)
+def saliency(workspace: str, run_id: str) -> int:
+    """Number of weights that may change."""
+    return stages.saliency(workspace, run_id).selected
+
+
+@task(**OPTIONS)
+def unlearn(workspace: str, run_id: str) -> float:
+    """Fit the task vector, find the strength of its negation."""
+    return stages.unlearn(workspace, run_id).calibration.alpha
+
+
+@task(**OPTIONS)
+def repair(workspace: str, run_id: str) -> float:
+    """Mend what negation broke."""
+    return stages.repair_stage(workspace, run_id).calibration.alpha
+
+
+@task(**OPTIONS)
+def merge(workspace: str, run_id: str) -> str:
+    """Write the candidate."""
+    return stages.merge_stage(workspace, run_id).root
+
+
+@task(**OPTIONS)
+def evaluate(workspace: str, run_id: str) -> int:
+    """Measure parent and candidate; returns the number of texts."""
+    return len(stages.evaluate(workspace, run_id).comparisons)
+
+
+@task(**OPTIONS)
+def gate(workspace: str, run_id: str) -> bool:
+    """Accept or refuse."""
+    return stages.gate(workspace, run_id).accepted
+
+
+@task(**OPTIONS)
+def publish(workspace: str, run_id: str, actor: str) -> Publication:
+    """Publish and record. An ordinary task, because Prefect swallows exceptions in commit hooks."""
+    return stages.publish(workspace, run_id, actor)
+
+
+@task(**OPTIONS)
+def leave_artifacts(workspace: str, run_id: str, publication: Publication) -> None:
+    """Leave a summary and a table in Prefect for people; the ledger is the record."""
+    run = open_run(workspace, run_id)
+    version = f"v{publication.version}" if publication.version is not None else "none"
+    create_markdown_artifact(
+        key=run_id,
+        markdown=f"# {run_id}\n\n- outcome: **{publication.outcome}**\n- parent: v{run.plan.parent}\n"
+        f"- version: {version}\n- requests: {', '.join(run.plan.requests)}\n",
+        description="Takedown step",
+    )
+    if publication.outcome != "nothing":
+        create_table_artifact(key=f"{run_id}-scores", table=score_rows(run.finished("evaluate", Evaluation)))
+
+
+@flow(name="takedown", persist_result=False)
+def takedown(workspace: str, requests: list[str] | None = None, actor: str = "scheduled") -> Publication | None:
+    """Run one takedown step.
+
+    Args:
+        workspace: Folder of the workspace.
+        requests: Ids of the waiting requests to work on; all that wait when left out.
+        actor: Who asked for it, for the ledger.
+
+    Returns:
+        What became of it; None when nothing waits.
+    """
+    with writing(open_workspace(Path(workspace))):
+        run_id = plan(workspace, requests)
+        if run_id is None:
+            return None
+        reference(workspace, run_id)
+        dedupe(workspace, run_id)
+        screen(workspace, run_id)
+        if stages.needs_step(workspace, run_id):
+            saliency(workspace, run_id)
+            unlearn(workspace, run_id)
+            repair(workspace, run_id)
+            merge(workspace, run_id)
+            evaluate(workspace, run_id)
+            gate(workspace, run_id)
+        publication = publish(workspace, run_id, actor)
+        leave_artifacts(workspace, run_id, publication)
+    return publication
+
+
+def score_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """One row per text, before and after, for a table."""
+    return [
+        {
+            "text": c.name,
+            "role": c.role,
+            "EM before": round(c.before.exact_memorisation, 3),
+            "EM after": round(c.after.exact_memorisation, 3),
+            "ES after": round(c.after.extraction_strength, 3),
+            "ROUGE-L after": None if c.after.rouge_l is None else round(c.after.rouge_l, 3),
+        }
+        for c in evaluation.comparisons
+    ]

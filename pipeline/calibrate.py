@@ -1,0 +1,85 @@
+"""Calibration: the smallest strength that forgets, found with forward passes alone.
+
+In: a function α → (forget, earlier, utility). Out: α with the whole curve. A task vector is linear in α, so the
+strength can be bisected (METHODS section 3); the target is the level of never-seen text, never below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.records import CurvePoint
+
+
+@dataclass(frozen=True)
+class Strength:
+    """Outcome of the search.
+
+    Attributes:
+        point: The chosen point of the curve.
+        reached: Whether it meets the target.
+        bounded_by_utility: Whether the utility limit ended the search.
+        curve: Every point tried, by rising α, α = 0 included.
+    """
+
+    point: CurvePoint
+    reached: bool
+    bounded_by_utility: bool
+    curve: tuple[CurvePoint, ...]
+
+
+def find_strength(
+    measure: Callable[[float], CurvePoint],
+    target: float,
+    max_alpha: float,
+    bisections: int,
+    max_utility_rise: float | None,
+    start: float = 1.0,
+) -> Strength:
+    """Search for the smallest α that brings every request to the target without passing the utility limit.
+
+    The bracket doubles from ``start`` until the target is met, the limit is passed or ``max_alpha`` is reached, and is
+    then halved. The curve need not be monotone: what is returned is a point that was measured.
+
+    Args:
+        measure: Measures the model at parent + α · displacement.
+        target: Largest exact memorisation allowed, for this step's and earlier requests.
+        max_alpha: Largest strength tried.
+        bisections: Halvings.
+        max_utility_rise: Largest rise of ``utility_nll`` over α = 0, in nats; None for no limit.
+        start: First strength tried.
+    """
+    points: dict[float, CurvePoint] = {}
+
+    def at(alpha: float) -> CurvePoint:
+        if alpha not in points:
+            points[alpha] = measure(alpha)
+        return points[alpha]
+
+    base = at(0.0).utility_nll
+
+    def forgotten(p: CurvePoint) -> bool:
+        return p.forget <= target and (p.earlier is None or p.earlier <= target)
+
+    def affordable(p: CurvePoint) -> bool:
+        if max_utility_rise is None or p.utility_nll is None or base is None:
+            return True
+        return p.utility_nll <= base + max_utility_rise
+
+    low, high = 0.0, min(start, max_alpha)
+    while not forgotten(at(high)) and affordable(at(high)) and high < max_alpha:
+        low, high = high, min(2 * high, max_alpha)
+    if forgotten(at(high)) or not affordable(at(high)):
+        for _ in range(bisections):
+            middle = (low + high) / 2
+            # Either condition ends the bracket: past it the model forgets more, or costs more, than it must.
+            if forgotten(at(middle)) or not affordable(at(middle)):
+                high = middle
+            else:
+                low = middle
+    good = [p for p in points.values() if forgotten(p) and affordable(p)]
+    cheap = [p for p in points.values() if affordable(p)]
+    chosen = min(good, key=lambda p: p.alpha) if good else max(cheap, key=lambda p: p.alpha)
+    bounded = not good and any(not affordable(p) for p in points.values())
+    return Strength(chosen, bool(good), bounded, tuple(points[a] for a in sorted(points)))

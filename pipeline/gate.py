@@ -1,0 +1,53 @@
+"""The gate: a pure function from measurements and limits to a verdict with every reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from pipeline.records import Evaluation, TextScore, Verdict
+from pipeline.settings import GateSettings
+
+ROUNDING = 1e-9
+"""Slack for sums of float64; a limit met exactly is met."""
+
+
+def decide(evaluation: Evaluation, original: Mapping[str, TextScore], limits: GateSettings) -> Verdict:
+    """Decide whether a candidate may become the current version.
+
+    Args:
+        evaluation: What was measured on parent and candidate.
+        original: Scores of v0 on the kept and held-out texts, by name: losses are counted from the untouched
+            model, so that many small ones cannot add up unseen.
+        limits: The limits, fixed before the run.
+
+    Returns:
+        Accepted only if no limit is broken; otherwise one sentence for each.
+    """
+    reasons = []
+    ceiling = evaluation.level.mean + limits.forget_tolerance
+    for item in evaluation.of("this", "earlier", "repeat", "folded"):
+        found = item.after.exact_memorisation
+        if found > ceiling + ROUNDING:
+            reasons.append(
+                f"{item.name} ({item.role}): exact memorisation {found:.3f} is above {ceiling:.3f} "
+                f"(never-seen level {evaluation.level.mean:.3f} + {limits.forget_tolerance})."
+            )
+    kept = evaluation.of("kept")
+    if kept:
+        before = sum(original[k.name].exact_memorisation for k in kept) / len(kept)
+        after = sum(k.after.exact_memorisation for k in kept) / len(kept)
+        if after < limits.kept_share * before - ROUNDING:
+            reasons.append(
+                f"Kept works: exact memorisation {after:.3f} is below {limits.kept_share:.0%} of v0's {before:.3f}."
+            )
+    held = evaluation.of("held-out")
+    if held:
+        rise = sum(h.after.nll - original[h.name].nll for h in held) / len(held)
+        if math.exp(rise) > 1 + limits.perplexity_rise + ROUNDING:
+            reasons.append(
+                f"Held-out text: perplexity rose by {math.exp(rise) - 1:.1%} over v0, more than {limits.perplexity_rise:.0%}."
+            )
+    if not evaluation.of("this"):
+        reasons.append("Nothing was unlearned: no request of this step is in the evaluation.")
+    return Verdict(accepted=not reasons, reasons=tuple(reasons))

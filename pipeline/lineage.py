@@ -1,0 +1,195 @@
+"""The writing verbs that need no model arithmetic: start a lineage, take a batch in.
+
+In: a model folder and reference texts, or a batch file. Out: a workspace with v0, or requests in the vault and
+``received`` events. Never: a half-made workspace, or an acknowledged request that could be lost.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pipeline.errors import InvalidInput, Problem, UsageError
+from pipeline.files import explained_space, fsync_folder, write_atomic, write_json
+from pipeline.intake import TakedownBatch, read_batch
+from pipeline.ledger import Ledger, known_batches, request_states
+from pipeline.models import (
+    HUB_FILES,
+    check_folder,
+    check_tokenizer,
+    find_model,
+    load_model,
+    load_tokenizer,
+    software,
+    target_weights,
+)
+from pipeline.records import Event
+from pipeline.settings import Settings
+from pipeline.vault import Vault
+from pipeline.versions import VersionStore
+from pipeline.workspace import FORMAT, Workspace, open_workspace, writing
+
+SETTINGS_HEAD = """\
+# Settings of this workspace. Every key has a default; `pipeline/settings.py` lists them all with their reasons.
+# What is written here travels with every version that it made.
+#
+# [gate]
+# forget_tolerance = 0.05   # exact memorisation allowed above never-seen text
+# kept_share = 0.85         # share of the kept works' memorisation that must stay
+# perplexity_rise = 0.10    # largest rise of held-out perplexity over v0
+#
+# [unlearn]
+# parameterisation = "full" # or "lora"
+"""
+
+
+def start_lineage(
+    root: Path, model: str, reference: Mapping[str, Path | None], actor: str, settings: Settings | None = None
+) -> Workspace:
+    """Make a workspace whose version v0 is the untouched model.
+
+    Args:
+        root: Folder to make; absent or empty.
+        model: Folder or hub id.
+        reference: ``retain``, ``kept`` and ``heldout`` → folder of ``*.txt`` files, or None.
+        actor: Who does it, for the ledger.
+        settings: Only used to choose the device of the check that the model runs.
+
+    Raises:
+        UsageError: The folder is in use.
+        UnsupportedModel: See `pipeline.models`.
+        InvalidInput: A reference folder is absent, empty or holds a file that is not UTF-8 text.
+    """
+    root = root.absolute()
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UsageError(f"{root}: is not empty. Choose a new folder for the workspace.")
+    texts = read_references(reference)
+    source = find_model(model)
+    check_folder(source)
+    loaded = load_model(source, (settings or Settings()).runtime.device)
+    check_tokenizer(loaded, load_tokenizer(source))
+    target_weights(loaded)
+    del loaded
+    root.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        _fill(Workspace(staging), source, texts, actor)
+        # One rename makes the workspace appear whole; an empty folder of that name is replaced.
+        staging.replace(root)
+        fsync_folder(root.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return open_workspace(root)
+
+
+def _fill(workspace: Workspace, source: Path, texts: Mapping[str, Mapping[str, str]], actor: str) -> None:
+    workspace.root.chmod(0o755)
+    with explained_space(workspace.root):
+        for folder in workspace.folders():
+            folder.mkdir(parents=True, mode=0o700 if folder in (workspace.index, workspace.inbox) else 0o755)
+        for kind, documents in texts.items():
+            for name, text in documents.items():
+                write_atomic(workspace.reference / kind / name, text.encode())
+        Vault(workspace.vault).create()
+        model = workspace.runs / "v0"
+        model.mkdir()
+        for path in sorted(source.iterdir()):
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in HUB_FILES):
+                shutil.copyfile(path, model / path.name)  # resolves the links of a hub cache
+        now = datetime.now(UTC)
+        manifest = VersionStore(workspace.versions).publish(
+            model, version=0, parent=None, created_at=now, run_id=None, requests=(), settings={}, report={},
+            software=software(),
+        )  # fmt: skip
+        shutil.rmtree(model)
+        with Ledger.create(workspace.ledger) as ledger:
+            ledger.append(
+                Event(kind="initialised", actor=actor, version=0, data={
+                    "root": manifest.root, "manifest": VersionStore(workspace.versions).manifest_digest(0)}),
+                at=now,
+            )  # fmt: skip
+        write_atomic(workspace.settings_file, SETTINGS_HEAD.encode())
+        write_json(workspace.marker, {"format": FORMAT})
+
+
+def read_references(folders: Mapping[str, Path | None]) -> dict[str, dict[str, str]]:
+    """Read the reference texts: kind → file name → text.
+
+    Raises:
+        InvalidInput: With every problem.
+    """
+    problems: list[Problem] = []
+    texts: dict[str, dict[str, str]] = {}
+    for kind, folder in folders.items():
+        if folder is None:
+            continue
+        paths = sorted(folder.glob("*.txt")) if folder.is_dir() else []
+        if not paths:
+            problems.append(Problem(f"--{kind} {folder}", "holds no *.txt file", "Give a folder of UTF-8 text files."))
+        for path in paths:
+            try:
+                texts.setdefault(kind, {})[path.name] = path.read_text(encoding="utf-8-sig")
+            except (UnicodeDecodeError, OSError) as error:
+                problems.append(Problem(str(path), f"cannot be read as UTF-8 text ({error})", "Convert or remove it."))
+    if problems:
+        raise InvalidInput(problems)
+    return texts
+
+
+def check_batch(workspace: Workspace, path: Path) -> TakedownBatch:
+    """Validate a batch against the limits and the history; touches nothing.
+
+    Raises:
+        InvalidInput: With every problem.
+    """
+    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+        entries = ledger.entries()
+    return read_batch(path, workspace.settings().intake, request_states(entries).keys(), known_batches(entries))
+
+
+def submit(workspace: Workspace, path: Path, actor: str) -> TakedownBatch:
+    """Take a batch in: texts into the vault first, then all ``received`` events in one transaction.
+
+    The batch file itself stays where it is; nothing of it but ids and keyed commitments leaves the vault.
+
+    Raises:
+        InvalidInput: With every problem; nothing was changed.
+        WorkspaceBusy: Another process is writing.
+    """
+    with writing(workspace):
+        batch = check_batch(workspace, path)
+        vault = Vault(workspace.vault)
+        for request in batch.requests:
+            # A record the ledger does not know is the rest of a submit that died; it was never acknowledged.
+            vault.put(request, replace=True)
+        events = [
+            Event(kind="received", actor=actor, request_id=r.request_id, data={
+                "batch_id": batch.batch_id, "received_at": batch.received_at.isoformat(),
+                "commitment": vault.commitment(r.text)})
+            for r in batch.requests
+        ]  # fmt: skip
+        with Ledger.open(workspace.ledger) as ledger:
+            ledger.append(*events)
+    return batch
+
+
+def take_inbox(workspace: Workspace, actor: str) -> list[str]:
+    """Submit every batch file that lies in the drop folder, oldest name first, and remove what was taken in.
+
+    Returns:
+        The ids of the batches taken in.
+
+    Raises:
+        InvalidInput: A file is no valid batch; those before it were taken in, it and the rest stay.
+    """
+    taken = []
+    for path in sorted(workspace.inbox.glob("*.json")):
+        batch = submit(workspace, path, actor)
+        path.unlink()
+        taken.append(batch.batch_id)
+    return taken

@@ -1,0 +1,167 @@
+"""A run: its plan, its folder, and stages that are computed once.
+
+In: a workspace and the requests to work on. Out: a run whose id is the digest of everything that decides its
+outcome, so that the same work after a crash is the same run. Never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+import pipeline
+from pipeline.errors import StoreDamaged, UsageError
+from pipeline.files import canonical_json, digest_json, read_json, write_json
+from pipeline.ledger import Ledger, current_version, request_states
+from pipeline.records import Record
+from pipeline.settings import Settings
+from pipeline.versions import VersionStore
+from pipeline.workspace import Workspace, open_workspace
+
+R = TypeVar("R", bound=Record)
+
+
+class Plan(Record):
+    """What a run will do; its digest is the run's identity.
+
+    Attributes:
+        parent: Version to start from.
+        parent_root: Its tensor root.
+        requests: Request ids, sorted.
+        commitments: Keyed digest of each request's text, in that order.
+        settings: Resolved settings.
+        code: Release that computes.
+    """
+
+    parent: int
+    parent_root: str
+    requests: tuple[str, ...]
+    commitments: tuple[str, ...]
+    settings: Settings
+    code: str
+
+    @property
+    def run_id(self) -> str:
+        return "run-" + digest_json(self.model_dump(mode="json")).removeprefix("sha256:")[:12]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run."""
+
+    workspace: Workspace
+    run_id: str
+    plan: Plan
+
+    @property
+    def folder(self) -> Path:
+        return self.workspace.runs / self.run_id
+
+    @property
+    def settings(self) -> Settings:
+        return self.plan.settings
+
+    def stage(self, name: str, record: type[R], inputs: Sequence[Record], compute: Callable[[], R]) -> R:
+        """The record of a stage: read if it was computed from the same inputs, else computed and written.
+
+        A stage is written whole or not at all, so a killed run picks up after the last finished one.
+        """
+        key = digest_json([self.run_id, name, [i.model_dump(mode="json") for i in inputs]])
+        saved = self._saved(name)
+        if saved is not None and saved.get("key") == key:
+            return _parse(self.folder / f"{name}.json", record, saved)
+        result = compute()
+        write_json(self.folder / f"{name}.json", {"key": key, "record": result.model_dump(mode="json")})
+        return result
+
+    def finished(self, name: str, record: type[R]) -> R:
+        """The record of a stage that must be there.
+
+        Raises:
+            StoreDamaged: It is not.
+        """
+        saved = self._saved(name)
+        if saved is None:
+            raise StoreDamaged(f"{self.folder / name}.json: is missing. Run `takedown run` again to compute it.")
+        return _parse(self.folder / f"{name}.json", record, saved)
+
+    def _saved(self, name: str) -> Mapping[str, object] | None:
+        path = self.folder / f"{name}.json"
+        saved = read_json(path) if path.is_file() else None
+        if saved is not None and not isinstance(saved, dict):
+            raise StoreDamaged(
+                f"{path}: is not a stage record. Delete the folder of the run; it will be computed again."
+            )
+        return saved
+
+
+def _parse(path: Path, record: type[R], saved: Mapping[str, object]) -> R:
+    try:
+        return record.model_validate_json(canonical_json(saved.get("record")))
+    except ValidationError as error:
+        raise StoreDamaged(
+            f"{path}: does not hold a {record.__name__} ({error.error_count()} faults). "
+            "Delete the folder of the run; it will be computed again."
+        ) from error
+
+
+def plan_run(workspace: Workspace, requests: Sequence[str] | None = None) -> Plan | None:
+    """Plan a run of some or all of the waiting requests, and make its folder.
+
+    Args:
+        workspace: The workspace, locked for writing.
+        requests: Ids, all of which must wait; None for everything that waits.
+
+    Returns:
+        The plan, or None when nothing waits.
+
+    Raises:
+        UsageError: A request is unknown or already decided.
+    """
+    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+        entries = ledger.entries()
+    states = request_states(entries)
+    waiting = {i: s for i, s in states.items() if s.state in ("waiting", "refused")}
+    chosen = sorted(waiting if requests is None else requests)
+    unknown = [i for i in chosen if i not in waiting]
+    if unknown:
+        raise UsageError(f"Not waiting: {', '.join(unknown)}. `takedown status` lists what waits.")
+    if not chosen:
+        return None
+    parent = current_version(entries)
+    plan = Plan(
+        parent=parent,
+        parent_root=VersionStore(workspace.versions).manifest(parent).root,
+        requests=tuple(chosen),
+        commitments=tuple(waiting[i].commitment for i in chosen),
+        settings=workspace.settings(),
+        code=pipeline.__version__,
+    )
+    folder = workspace.runs / plan.run_id
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "plan.json", plan.model_dump(mode="json"))
+    return plan
+
+
+def open_run(workspace_root: str | Path, run_id: str) -> Run:
+    """Open a planned run.
+
+    Raises:
+        UsageError: There is no such run.
+        StoreDamaged: Its plan does not have its id.
+    """
+    workspace = open_workspace(Path(workspace_root))
+    path = workspace.runs / run_id / "plan.json"
+    if not path.is_file():
+        raise UsageError(f"{run_id}: no such run in {workspace.root}. `takedown log` lists runs.")
+    try:
+        plan = Plan.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise StoreDamaged(f"{path}: is not a plan. Delete the folder of the run and run again.") from error
+    if plan.run_id != run_id:
+        raise StoreDamaged(f"{path}: was changed after it was made. Delete the folder of the run and run again.")
+    return Run(workspace, run_id, plan)
