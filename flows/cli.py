@@ -78,9 +78,8 @@ def show_json(value: Any) -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """A table whose cells are shown literally, whatever they hold."""
     made = Table(title=title, title_justify="left", header_style="bold")
-    for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i == 0 else "right" if column.endswith(("before", "after")) else "left",
-                        overflow="fold")  # fmt: skip
+    for column in columns:
+        made.add_column(column, justify="right" if column.endswith(("before", "after")) else "left", overflow="fold")
     for row in rows:
         made.add_row(*(cell("" if v is None else str(v)) for v in row))
     return made
@@ -122,7 +121,7 @@ def check(context: typer.Context, batch: Path, as_json: Json = False) -> None:
 
     Example: takedown -w ws check 2026-11-acme.json
     """
-    from pipeline.lineage import check_batch
+    from pipeline.submit import check_batch
 
     found = check_batch(opened(context), batch)
     if as_json:
@@ -138,7 +137,7 @@ def submit(context: typer.Context, batch: Path, actor: Actor, as_json: Json = Fa
 
     Example: takedown -w ws submit 2026-11-acme.json
     """
-    from pipeline.lineage import submit as take_in
+    from pipeline.submit import submit as take_in
 
     found = take_in(opened(context), batch, actor)
     if as_json:
@@ -165,8 +164,8 @@ def run(
     prepare(workspace.root)
     quiet_libraries()
     from flows.progress import bars
-    from pipeline.lineage import submit as take_in
-    from pipeline.lineage import take_inbox
+    from pipeline.submit import submit as take_in
+    from pipeline.submit import take_inbox
 
     requests = None
     if batch is not None:

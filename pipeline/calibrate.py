@@ -36,6 +36,7 @@ def find_strength(
     bisections: int,
     max_utility_rise: float | None,
     start: float = 1.0,
+    fixed: float | None = None,
 ) -> Strength:
     """Search for the smallest α that brings every request to the target without passing the utility limit.
 
@@ -49,6 +50,7 @@ def find_strength(
         bisections: Halvings.
         max_utility_rise: Largest rise of ``utility_nll`` over α = 0, in nats; None for no limit.
         start: First strength tried.
+        fixed: Do not search, take this strength.
     """
     points: dict[float, CurvePoint] = {}
 
@@ -67,6 +69,9 @@ def find_strength(
             return True
         return p.utility_nll <= base + max_utility_rise
 
+    if fixed is not None:
+        point = at(fixed)
+        return Strength(point, forgotten(point), False, tuple(points[a] for a in sorted(points)))
     low, high = 0.0, min(start, max_alpha)
     while not forgotten(at(high)) and affordable(at(high)) and high < max_alpha:
         low, high = high, min(2 * high, max_alpha)

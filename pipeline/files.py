@@ -94,7 +94,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
                 stream.flush()
                 os.fchmod(stream.fileno(), mode)
                 os.fsync(stream.fileno())
-            os.replace(name, path)
+            os.replace(name, path)  # noqa: PTH105 (crash tests stop at each call of os)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise

@@ -46,7 +46,8 @@ def decide(evaluation: Evaluation, original: Mapping[str, TextScore], limits: Ga
         rise = sum(h.after.nll - original[h.name].nll for h in held) / len(held)
         if math.exp(rise) > 1 + limits.perplexity_rise + ROUNDING:
             reasons.append(
-                f"Held-out text: perplexity rose by {math.exp(rise) - 1:.1%} over v0, more than {limits.perplexity_rise:.0%}."
+                f"Held-out text: perplexity rose by {math.exp(rise) - 1:.1%} over v0, "
+                f"more than {limits.perplexity_rise:.0%}."
             )
     if not evaluation.of("this"):
         reasons.append("Nothing was unlearned: no request of this step is in the evaluation.")

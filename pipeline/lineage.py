@@ -1,7 +1,6 @@
-"""The writing verbs that need no model arithmetic: start a lineage, take a batch in.
+"""Start a lineage.
 
-In: a model folder and reference texts, or a batch file. Out: a workspace with v0, or requests in the vault and
-``received`` events. Never: a half-made workspace, or an acknowledged request that could be lost.
+In: a model folder and reference texts. Out: a workspace whose v0 is the untouched model. Never: a half-made workspace.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from pathlib import Path
 
 from pipeline.errors import InvalidInput, Problem, UsageError
 from pipeline.files import explained_space, fsync_folder, write_atomic, write_json
-from pipeline.intake import TakedownBatch, read_batch
-from pipeline.ledger import Ledger, known_batches, request_states
+from pipeline.ledger import Ledger
 from pipeline.models import (
     HUB_FILES,
     check_folder,
@@ -31,7 +29,7 @@ from pipeline.records import Event
 from pipeline.settings import Settings
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
-from pipeline.workspace import FORMAT, Workspace, open_workspace, writing
+from pipeline.workspace import FORMAT, Workspace, open_workspace
 
 SETTINGS_HEAD = """\
 # Settings of this workspace. Every key has a default; `pipeline/settings.py` lists them all with their reasons.
@@ -139,57 +137,3 @@ def read_references(folders: Mapping[str, Path | None]) -> dict[str, dict[str, s
     if problems:
         raise InvalidInput(problems)
     return texts
-
-
-def check_batch(workspace: Workspace, path: Path) -> TakedownBatch:
-    """Validate a batch against the limits and the history; touches nothing.
-
-    Raises:
-        InvalidInput: With every problem.
-    """
-    with Ledger.open(workspace.ledger, read_only=True) as ledger:
-        entries = ledger.entries()
-    return read_batch(path, workspace.settings().intake, request_states(entries).keys(), known_batches(entries))
-
-
-def submit(workspace: Workspace, path: Path, actor: str) -> TakedownBatch:
-    """Take a batch in: texts into the vault first, then all ``received`` events in one transaction.
-
-    The batch file itself stays where it is; nothing of it but ids and keyed commitments leaves the vault.
-
-    Raises:
-        InvalidInput: With every problem; nothing was changed.
-        WorkspaceBusy: Another process is writing.
-    """
-    with writing(workspace):
-        batch = check_batch(workspace, path)
-        vault = Vault(workspace.vault)
-        for request in batch.requests:
-            # A record the ledger does not know is the rest of a submit that died; it was never acknowledged.
-            vault.put(request, replace=True)
-        events = [
-            Event(kind="received", actor=actor, request_id=r.request_id, data={
-                "batch_id": batch.batch_id, "received_at": batch.received_at.isoformat(),
-                "commitment": vault.commitment(r.text)})
-            for r in batch.requests
-        ]  # fmt: skip
-        with Ledger.open(workspace.ledger) as ledger:
-            ledger.append(*events)
-    return batch
-
-
-def take_inbox(workspace: Workspace, actor: str) -> list[str]:
-    """Submit every batch file that lies in the drop folder, oldest name first, and remove what was taken in.
-
-    Returns:
-        The ids of the batches taken in.
-
-    Raises:
-        InvalidInput: A file is no valid batch; those before it were taken in, it and the rest stay.
-    """
-    taken = []
-    for path in sorted(workspace.inbox.glob("*.json")):
-        batch = submit(workspace, path, actor)
-        path.unlink()
-        taken.append(batch.batch_id)
-    return taken

@@ -62,7 +62,7 @@ def fit_lora(fit: Fit, mask: Mask) -> tuple[Vector, Trace]:
     adapted = get_peft_model(fit.model, config, autocast_adapter_dtype=False)
     trace, random_ = Trace(), random.Random(f"{fit.seed} fit")
     try:
-        adapters = {name: module for name, module in _masked_layers(adapted)}
+        adapters = dict(_masked_layers(adapted))
         for name, module in adapters.items():
             module.mask = layers[name].to(module.get_base_layer().weight.device)
             module.lora_A.float()  # factors in float32: bfloat16 loses the small steps of a fit

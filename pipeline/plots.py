@@ -40,8 +40,8 @@ class Series:
 
 # --- the three figures ------------------------------------------------------------------------------------
 
-_LEFT, _WIDTH = 56.0, 600.0
-_RIGHT = _WIDTH - 20.0
+_LEFT, _WIDTH, _MARGIN = 56.0, 600.0, 20.0
+_RIGHT = _WIDTH - _MARGIN
 
 
 def alpha_curve(points: Sequence[CurvePoint], target: float, chosen: float) -> str:
@@ -69,7 +69,7 @@ def alpha_curve(points: Sequence[CurvePoint], target: float, chosen: float) -> s
     has_utility = any(v is not None for v in utility.values)
 
     forget_values = [v for s in series for v in s.values if v is not None]
-    forget_y = _Scale(min(0.0, target, *forget_values), max(1.0, target, *forget_values), 210, 50)
+    forget_y = _Scale(min(0.0, target, *forget_values), max(1.0, target, *forget_values), 222, 62)
     x = [xs(a) for a in alphas]
     parts = [_text(_LEFT, 14, "Largest exact memorisation", bold=True), _legend(_LEFT, 32, series)]
     parts.append(_y_axis(forget_y, _LEFT, _RIGHT))
@@ -78,17 +78,17 @@ def alpha_curve(points: Sequence[CurvePoint], target: float, chosen: float) -> s
     parts.append(_text(_LEFT + 6, forget_y(target) + 14, f"target {target:.3f}", fill=ALARM, halo=True))
     bottom = forget_y.start
     if has_utility:
-        utility_y = _padded([v for v in utility.values if v is not None], 346, 262)
-        parts.append(_text(_LEFT, 244, "Mean NLL on utility text, in nats", bold=True))
+        utility_y = _padded([v for v in utility.values if v is not None], 358, 274)
+        parts.append(_text(_LEFT, 258, "Mean NLL on utility text, in nats", bold=True))
         parts.append(_y_axis(utility_y, _LEFT, _RIGHT))
         bottom = utility_y.start
-    parts.append(_rule(xs(chosen), 50, xs(chosen), bottom, INK, "1.5 3"))
-    parts.append(_text(xs(chosen), 46, f"chosen α = {_number(chosen)}", anchor=_side(xs(chosen)), bold=True, halo=True))
+    parts.append(_rule(xs(chosen), 60, xs(chosen), bottom, INK, "1.5 3"))
+    parts.append(_text(xs(chosen), 55, f"chosen α = {_number(chosen)}", anchor=_side(xs(chosen)), bold=True, halo=True))
     for index, line in enumerate(series):
         parts.append(_polyline(line, x, forget_y, index, lambda i, v: f"α {_number(alphas[i])}: {v:.3f}"))
     if has_utility:
         parts.append(_polyline(utility, x, utility_y, 2, lambda i, v: f"α {_number(alphas[i])}: {v:.4f} nats"))
-    parts.append(_x_axis([(xs(a), _number(a)) for a in ticks], bottom))
+    parts.append(_x_axis([(xs(a), _number(a)) for a in ticks], bottom, _RIGHT))
     parts.append(_text(_RIGHT, bottom + 34, "strength α, logarithmic", anchor="end", fill=MUTED))
     title = "Forgetting and utility over the strength α" if has_utility else "Forgetting over the strength α"
     return _svg(_WIDTH, bottom + 42, title, _describe_curve(points, target, chosen), parts)
@@ -102,6 +102,7 @@ def lines(
     limit: float | None = None,
     low: float | None = None,
     high: float | None = None,
+    width: float = 480.0,
 ) -> str:
     """Plot series over versions, evenly spaced, on a linear y axis.
 
@@ -113,28 +114,30 @@ def lines(
         limit: A level to draw across.
         low: Lowest value the axis must hold.
         high: Highest value likewise.
+        width: Of the figure, in pixels.
     """
     shown = [v for s in series for v in s.values if v is not None]
     if not labels or not shown:
         return sentence(title, "Nothing has been measured yet.")
     _require_finite(title, [*shown, *(v for v in (limit, low, high) if v is not None)])
     y = _padded([*shown, *(v for v in (limit,) if v is not None)], 210, 50, low, high)
-    xs = _Scale(0, max(1, len(labels) - 1), _LEFT + 16, _RIGHT - 16)
+    right = width - _MARGIN
+    xs = _Scale(0, max(1, len(labels) - 1), _LEFT + 16, right - 16)
     x = [xs(i) for i in range(len(labels))]
-    parts = [_text(_LEFT, 14, unit, bold=True), _legend(_LEFT, 32, series), _y_axis(y, _LEFT, _RIGHT)]
+    parts = [_text(_LEFT, 14, unit, bold=True), _legend(_LEFT, 32, series), _y_axis(y, _LEFT, right)]
     if limit is not None:
-        parts.append(_rule(_LEFT, y(limit), _RIGHT, y(limit), ALARM, "7 4"))
+        parts.append(_rule(_LEFT, y(limit), right, y(limit), ALARM, "7 4"))
         parts.append(_text(_LEFT + 6, y(limit) - 5, f"limit {limit:.3f}", fill=ALARM, halo=True))
     for index, line in enumerate(series):
         if len(line.values) != len(labels):
             raise ValueError(f"{title}: series {line.name!r} has {len(line.values)} values for {len(labels)} labels")
         parts.append(_polyline(line, x, y, index, lambda i, v: f"{labels[i]}: {v:.4g}"))
-    step = max(1, math.ceil(len(labels) / 14))
-    parts.append(_x_axis([(x[i], _fit(labels[i], 40)) for i in range(0, len(labels), step)], 210))
+    step = max(1, math.ceil(len(labels) * 40 / (right - _LEFT)))
+    parts.append(_x_axis([(x[i], _fit(labels[i], 40)) for i in range(0, len(labels), step)], 210, right))
     last = [(s.name, next((v for v in reversed(s.values) if v is not None), None)) for s in series]
     said = "; ".join(f"{name} {value:.4g}" for name, value in last if value is not None)
     description = f"{len(labels)} positions from {labels[0]} to {labels[-1]}. Last values: {said}."
-    return _svg(_WIDTH, 240, title, description, parts)
+    return _svg(width, 236, title, description, parts)
 
 
 _CELL_W, _CELL_H, _TOP = 56.0, 26.0, 26.0
@@ -274,7 +277,7 @@ def _strength_axis(alphas: Sequence[float], chosen: float) -> tuple[Callable[[fl
     return place, sorted(ticks)
 
 
-def _nice_ticks(lo: float, hi: float, most: int = 5) -> list[str]:
+def _nice_ticks(lo: float, hi: float, most: int) -> list[str]:
     """Round numbers within [lo, hi], as text, at most ``most`` of them."""
     exponent = math.floor(math.log10((hi - lo) / most))
     for digit, power in ((1, 0), (2, 0), (5, 0), (1, 1), (2, 1)):
@@ -383,15 +386,16 @@ def _legend(x: float, y: float, series: Sequence[Series]) -> str:
 
 def _y_axis(y: _Scale, left: float, right: float) -> str:
     parts = []
-    for tick in _nice_ticks(y.lo, y.hi):
+    # A tick every 27 px or more: room for its label.
+    for tick in _nice_ticks(y.lo, y.hi, int((y.start - y.end) // 26)):
         at = y(float(tick))
         parts.append(_rule(left, at, right, at, RULE, width=1))
         parts.append(f'<g class="y-tick">{_text(left - 8, at + 4, tick, anchor="end", fill=MUTED)}</g>')
     return "".join(parts)
 
 
-def _x_axis(ticks: Iterable[tuple[float, str]], y: float) -> str:
-    parts = [_rule(_LEFT, y, _RIGHT, y, MUTED, width=1)]
+def _x_axis(ticks: Iterable[tuple[float, str]], y: float, right: float) -> str:
+    parts = [_rule(_LEFT, y, right, y, MUTED, width=1)]
     for x, label in ticks:
         parts.append(_rule(x, y, x, y + 5, MUTED, width=1))
         parts.append(_text(x, y + 18, label, anchor="middle", fill=MUTED))

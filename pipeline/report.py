@@ -317,22 +317,22 @@ def _about_forgetting(view: LineageView) -> Fact:
     sentences = []
     if over:
         named = _listed(f"{name} ({values[name]:.3f})" for name in over)
-        sentences.append(
-            f"{len(over)} of {_counted(len(out), 'request')} taken out of v{view.current} above {bound}: {named}."
-        )
+        verb = "is" if len(over) == 1 else "are"
+        part = f"{len(over)} of {_counted(len(out), 'request')}"
+        sentences.append(f"{part} taken out of v{view.current} {verb} above {bound}: {named}.")
     elif not missing:
-        everything = "All" if len(out) > 1 else "The"
-        sentences.append(
-            f"{everything} {_counted(len(out), 'request')} taken out of v{view.current} at or below {bound}."
-        )
+        everything = f"All {len(out)} requests" if len(out) > 1 else "The one request"
+        verb = "are" if len(out) > 1 else "is"
+        sentences.append(f"{everything} taken out of v{view.current} {verb} at or below {bound}.")
     if missing:
         sentences.append(f"Not measured on v{view.current}: {_listed(missing)}.")
     if values:
         highest = max(sorted(values), key=values.__getitem__)
         below = sum(not above(value, level.mean) for value in values.values())
+        verb = "is" if below == 1 else "are"
         sentences.append(
             f"Highest exact memorisation: {values[highest]:.3f} ({highest}). "
-            f"{below} of {len(values)} at or below the never-seen level itself."
+            f"{below} of {len(values)} {verb} at or below the never-seen level itself."
         )
     if level.source == "assumed":
         sentences.append("The never-seen level is assumed from the settings; it was not measured.")
@@ -374,7 +374,9 @@ def _about_proof(view: LineageView) -> Fact:
     if view.breaks:
         found = _counted(len(view.breaks), "break")
         return Fact(
-            label, (f"Re-checked for this page: {found}, listed below. Do not rely on it until settled.",), "bad"
+            label,
+            (f"Re-checked for this page: {found}, listed at the head. Do not rely on the evidence until settled.",),
+            "bad",
         )
     return Fact(label, ("Re-checked for this page: ledger, versions and weights match their digests.",), "good")
 

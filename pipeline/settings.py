@@ -75,7 +75,7 @@ class UnlearnSettings(Section):
     """ε2. The paper uses 0.5; 0.1 keeps the vector selective (README, section Method)."""
     random_labels_per_prompt: int = Field(3, gt=0)
     """K mismatched continuations for each prompt."""
-    iterations: int = Field(20, gt=0)
+    iterations: int = Field(10, gt=0)
     """Optimiser steps of the fit; more where needed to see every passage once."""
     passages_per_iteration: int = Field(32, gt=0)
     """Forget passages per step; a smaller forget set is seen whole in each."""
@@ -95,11 +95,11 @@ class UnlearnSettings(Section):
     """Retain passages that v0's predictions are kept of, spread evenly over the documents."""
     anchor_top_k: int = Field(64, gt=0)
     """Tokens per position kept apart in the KL; the rest share one bucket."""
-    repair_iterations: int = Field(60, ge=0)
+    repair_iterations: int = Field(100, ge=0)
     """Most iterations of the repair after negation; 0 is the paper's plain setting."""
     repair_min_iterations: int = Field(20, ge=0)
     """Iterations of the repair before it may stop at the target."""
-    repair_learning_rate: float = Field(1e-4, gt=0)
+    repair_learning_rate: float = Field(3e-4, gt=0)
     repair_floor: float = Field(0.05, ge=0, lt=1)
     """Unlikelihood acts on tokens still predicted with more than this probability."""
 
@@ -109,11 +109,13 @@ class CalibrateSettings(Section):
 
     margin: float = Field(0.02, ge=0)
     """Target = never-seen level + margin, for every request; below the gate's limit so that rounding cannot refuse."""
+    fixed_alpha: float | None = Field(None, gt=0)
+    """Use this strength instead of searching, as the SSU paper does with 1; the gate still decides."""
     max_alpha: float = Field(64.0, gt=0)
     """Largest strength tried."""
     bisections: int = Field(8, gt=0)
     """Halvings of the bracket."""
-    max_utility_rise: float = Field(0.5, gt=0)
+    max_utility_rise: float = Field(0.15, gt=0)
     """Largest rise of utility NLL in nats over the parent during the search, before repair."""
 
 

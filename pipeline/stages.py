@@ -361,7 +361,7 @@ class _Bench:
         with self.salient:
             found = find_strength(
                 lambda alpha: self.measure(alpha, vector, final), self.target, max_alpha, limits.bisections,
-                None if final else limits.max_utility_rise,
+                None if final else limits.max_utility_rise, fixed=limits.fixed_alpha,
             )  # fmt: skip
         return Step(
             vector=VectorReport(vector=ref, norm=norm(vector), losses=tuple(trace.losses), tokens=trace.tokens),
@@ -507,7 +507,7 @@ def publish(workspace_root: str, run_id: str, actor: str) -> Publication:
     verdict = run.finished("gate", Verdict) if spans else None
     version, data = None, dict[str, object]()
     if verdict is not None and verdict.accepted:
-        version = run.plan.parent + 1
+        version = _next_version(run)
         data = _publish_version(run, version, spans)
     events = list(_decisions(run, actor, deduped, screened, verdict, version))
     if version is not None:
@@ -516,6 +516,8 @@ def publish(workspace_root: str, run_id: str, actor: str) -> Publication:
         if not any(e.event.run_id == run_id for e in ledger.entries()):  # a resumed run answers once
             ledger.append(*events)
     if version is not None:
+        # What an interrupted publish of other weights left behind is named by nothing.
+        VersionStore(workspace.versions).collect()
         vault = Vault(workspace.vault)
         with DedupeIndex.open(workspace.index) as index:
             for name in spans:
@@ -524,6 +526,12 @@ def publish(workspace_root: str, run_id: str, actor: str) -> Publication:
     return Publication(
         outcome="nothing" if verdict is None else "published" if verdict.accepted else "refused", version=version
     )
+
+
+def _next_version(run: Run) -> int:
+    """One more than the highest version that the ledger names; a manifest it does not name was never published."""
+    with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
+        return 1 + max(e.event.version or 0 for e in ledger.entries() if e.event.kind in ("initialised", "published"))
 
 
 def _publish_version(run: Run, version: int, spans: Mapping[str, Sequence[PassageSpan]]) -> dict[str, object]:

@@ -198,7 +198,7 @@ class VersionStore:
 
         Raises:
             UnsupportedModel: The folder holds what may not be stored; nothing was written.
-            UsageError: Another manifest has this number, and ``replace_orphan`` is not set.
+            UsageError: Another manifest has this number, and ``replace_orphan`` is not set or later versions exist.
             StoreDamaged: The candidate is not a sound model, or what was written does not read back the same.
             NoSpace: The disk is full or read-only. Nothing of the version is visible.
             ValueError: A parent that cannot be one, a time without zone, or settings or a report with NaN.
@@ -260,7 +260,8 @@ class VersionStore:
             except StoreDamaged:
                 if not replace_orphan:
                     raise
-            if not replace_orphan:
+            # An orphan is always the newest: the next publish, under the same number, comes before any later one.
+            if not replace_orphan or self.numbers()[-1] > manifest.version:
                 raise UsageError(
                     f"{path}: v{manifest.version} exists with other content, and a published version is never "
                     "replaced. Publish under the next number."

@@ -121,6 +121,14 @@ def test_an_orphan_manifest_is_replaced_on_request(store: VersionStore, tmp_path
     assert store.check(0) == store.check(1) == []
 
 
+def test_a_version_with_successors_is_no_orphan(store: VersionStore, tmp_path: Path) -> None:
+    _publish(store, tmp_path / "m1", store.manifest(1))
+    before = store.manifest_path(1).read_bytes()
+    with pytest.raises(UsageError, match="never replaced"):
+        _publish(store, _model(tmp_path / "other", 2), store.manifest(0), replace_orphan=True)
+    assert store.manifest_path(1).read_bytes() == before
+
+
 def test_an_unreadable_orphan_is_replaced_on_request_only(store: VersionStore, tmp_path: Path) -> None:
     path = store.manifest_path(1)
     path.chmod(0o644)

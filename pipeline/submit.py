@@ -1,0 +1,69 @@
+"""Take batches in.
+
+In: a batch file. Out: requests in the vault and ``received`` events. Never: an acknowledged request that could be
+lost, a text outside the vault, or torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.intake import TakedownBatch, read_batch
+from pipeline.ledger import Ledger, known_batches, request_states
+from pipeline.records import Event
+from pipeline.vault import Vault
+from pipeline.workspace import Workspace, writing
+
+
+def check_batch(workspace: Workspace, path: Path) -> TakedownBatch:
+    """Validate a batch against the limits and the history; touches nothing.
+
+    Raises:
+        InvalidInput: With every problem.
+    """
+    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+        entries = ledger.entries()
+    return read_batch(path, workspace.settings().intake, request_states(entries).keys(), known_batches(entries))
+
+
+def submit(workspace: Workspace, path: Path, actor: str) -> TakedownBatch:
+    """Take a batch in: texts into the vault first, then all ``received`` events in one transaction.
+
+    The batch file itself stays where it is; nothing of it but ids and keyed commitments leaves the vault.
+
+    Raises:
+        InvalidInput: With every problem; nothing was changed.
+        WorkspaceBusy: Another process is writing.
+    """
+    with writing(workspace):
+        batch = check_batch(workspace, path)
+        vault = Vault(workspace.vault)
+        for request in batch.requests:
+            # A record the ledger does not know is the rest of a submit that died; it was never acknowledged.
+            vault.put(request, replace=True)
+        events = [
+            Event(kind="received", actor=actor, request_id=r.request_id, data={
+                "batch_id": batch.batch_id, "received_at": batch.received_at.isoformat(),
+                "commitment": vault.commitment(r.text)})
+            for r in batch.requests
+        ]  # fmt: skip
+        with Ledger.open(workspace.ledger) as ledger:
+            ledger.append(*events)
+    return batch
+
+
+def take_inbox(workspace: Workspace, actor: str) -> list[str]:
+    """Submit every batch file that lies in the drop folder, oldest name first, and remove what was taken in.
+
+    Returns:
+        The ids of the batches taken in.
+
+    Raises:
+        InvalidInput: A file is no valid batch; those before it were taken in, it and the rest stay.
+    """
+    taken = []
+    for path in sorted(workspace.inbox.glob("*.json")):
+        batch = submit(workspace, path, actor)
+        path.unlink()
+        taken.append(batch.batch_id)
+    return taken

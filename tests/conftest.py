@@ -1,0 +1,149 @@
+"""Shared fixtures: tiny models with random weights, of every architecture tested, as save_pretrained writes them.
+
+torch and transformers are imported inside the fixtures, so that the tests of the reading side start without them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+    from pipeline.passages import Passage
+
+ARCHITECTURES = ("llama", "llama-tied", "gpt2", "gpt-neox", "opt", "qwen2", "mistral")
+"""Llama untied and tied, GPT-2 (Conv1D, tied), GPT-NeoX (fused qkv, biases), OPT (offset positions), Qwen2, Mistral."""
+
+WIDTH, LAYERS, VOCABULARY, POSITIONS = 32, 2, 300, 256
+
+BuildModel = Callable[..., Path]
+LoadModel = Callable[..., "nn.Module"]
+
+
+def prose(seed: int, words: int) -> str:
+    """Text with sentences, punctuation, and letters outside ASCII; the same for the same seed."""
+    draw = random.Random(seed)
+    stock = "the a old grey sea captain's boat under seven lanterns naïve über café carried quietly home again and".split()
+    sentences, left = [], words
+    while left > 0:
+        count = min(left, draw.randint(4, 9))
+        sentences.append(" ".join(draw.choice(stock) for _ in range(count)).capitalize() + draw.choice(".!?"))
+        left -= count
+    return " ".join(sentences)
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """About 1200 tokens of prose."""
+    return prose(7, 700)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, text: str) -> Any:
+    """A real byte-level BPE tokenizer, saved and loaded as the product does; it adds no BOS."""
+    import torch
+
+    from pipeline.models import load_tokenizer
+    from pipeline.training import train_tokenizer
+
+    torch.set_num_threads(1)  # results must not depend on the machine, and the models are too small to share
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([text], VOCABULARY).save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(tokenizer: Any) -> Any:
+    """The same tokenizer, which puts its BOS before every text, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    core = type(tokenizer._tokenizer).from_str(tokenizer._tokenizer.to_str())
+    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def _config(architecture: str, tokenizer: Any) -> PreTrainedConfig:
+    from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
+
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    # A wide initialisation: with the usual 0.02 all predictions of so small a model would be nearly uniform.
+    wide = {"initializer_range": 0.2}
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    middle = {"intermediate_size": 48, "max_position_embeddings": POSITIONS}
+    grouped = {"num_key_value_heads": 1}
+    match architecture:
+        case "llama" | "llama-tied":
+            tied = {"tie_word_embeddings": architecture == "llama-tied"}
+            return LlamaConfig(**common, **wide, **sizes, **middle, **grouped, **tied)
+        case "gpt2":
+            return GPT2Config(**common, **wide, n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=POSITIONS)
+        case "gpt-neox":
+            return GPTNeoXConfig(**common, **wide, **sizes, **middle)
+        case "opt":
+            return OPTConfig(
+                **common, **sizes, init_std=0.2, ffn_dim=48, word_embed_proj_dim=WIDTH,
+                max_position_embeddings=POSITIONS,
+            )  # fmt: skip
+        case "qwen2":
+            return Qwen2Config(**common, **wide, **sizes, **middle, **grouped, tie_word_embeddings=False)
+        case "mistral":
+            return MistralConfig(**common, **wide, **sizes, **middle, **grouped)
+        case _:
+            raise ValueError(architecture)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> BuildModel:
+    """``build(architecture, dtype="float32", sharded=False)``: a model folder, made once; tests never write there."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    made: dict[tuple[str, str, bool], Path] = {}
+
+    def build_model(architecture: str, dtype: str = "float32", sharded: bool = False) -> Path:
+        key = (architecture, dtype, sharded)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("-".join(map(str, key)))
+            torch.manual_seed(11)
+            model = AutoModelForCausalLM.from_config(_config(architecture, tokenizer))
+            with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a mistake in them
+                for name, parameter in model.named_parameters():
+                    if parameter.ndim == 1:
+                        parameter.add_(0.05 * torch.randn_like(parameter))
+            model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
+            tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def load(build: BuildModel) -> LoadModel:
+    """Like ``build``, and loads the model anew on the CPU, as the product does."""
+    from pipeline.models import load_model
+
+    return lambda *args, **kwargs: load_model(build(*args, **kwargs), "cpu")
+
+
+@pytest.fixture(scope="session")
+def passages(tokenizer: Any, text: str) -> Sequence[Passage]:
+    """Six short passages of one text; the first has a shorter prompt."""
+    from pipeline.passages import encode, passages_of
+    from pipeline.settings import PassageSettings
+
+    settings = PassageSettings(prompt_tokens=10, continuation_tokens=8, first_prompt_tokens=4)
+    return passages_of(encode(tokenizer, "W", text), settings)[:6]

@@ -1,0 +1,364 @@
+"""The figures: well-formed, at the right place, readable without colour, whatever the numbers and labels."""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import NumericalFailure
+from pipeline.plots import Series, alpha_curve, fill_of, lines, persistence_matrix, plain_text, sentence
+from pipeline.records import CurvePoint
+
+SVG = "{http://www.w3.org/2000/svg}"
+HOSTILE = ["<script>alert(1)</script>", '" onload="x', "a & b", "</title></svg>", "{{ 7*7 }}", "\x00\x1b\ud800\uffff"]
+
+
+def parse(svg: str) -> ET.Element:
+    """Parse and check what every figure promises: a role, a title, a description, nothing from outside."""
+    root = ET.fromstring(svg)
+    assert root.tag == f"{SVG}svg" and root.get("role") == "img"
+    assert [child.tag for child in list(root)[:2]] == [f"{SVG}title", f"{SVG}desc"]
+    assert root[0].text and root[1].text
+    assert svg.count("http") == 1
+    assert not {e.tag.removeprefix(SVG) for e in root.iter()} - {
+        "svg",
+        "title",
+        "desc",
+        "text",
+        "line",
+        "path",
+        "rect",
+        "g",
+    }
+    assert not any(name.startswith("on") or "href" in name for e in root.iter() for name in e.attrib)
+    return root
+
+
+def numbers(text: str) -> list[float]:
+    return [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", text)]
+
+
+def coordinates(root: ET.Element) -> list[tuple[float, float]]:
+    """Every absolute position in a figure; paths in place of markers are relative to their translation."""
+    found = []
+    for e in root.iter():
+        if e.tag == f"{SVG}line":
+            found += [(float(e.attrib[f"x{i}"]), float(e.attrib[f"y{i}"])) for i in "12"]
+        elif e.tag in (f"{SVG}text", f"{SVG}rect"):
+            found.append((float(e.attrib["x"]), float(e.attrib["y"])))
+            if e.tag == f"{SVG}rect":
+                found.append((found[-1][0] + float(e.attrib["width"]), found[-1][1] + float(e.attrib["height"])))
+        elif e.tag == f"{SVG}path":
+            flat = numbers(e.attrib.get("transform", e.attrib["d"]))
+            found += list(zip(flat[::2], flat[1::2], strict=True))
+    return found
+
+
+def assert_inside(root: ET.Element) -> None:
+    left, top, width, height = numbers(root.attrib["viewBox"])
+    for x, y in coordinates(root):
+        assert math.isfinite(x) and math.isfinite(y)
+        assert left <= x <= left + width and top <= y <= top + height, (x, y)
+
+
+def series(root: ET.Element, index: int) -> tuple[list[tuple[float, float]], ET.Element]:
+    """Marker positions of a series, and its line."""
+    group = next(e for e in root.iter(f"{SVG}g") if e.get("class") == f"series-{index}")
+    line, *markers = list(group)
+    return [tuple(numbers(m.attrib["transform"])) for m in markers], line  # type: ignore[misc]
+
+
+def y_of_ticks(root: ET.Element, panel: slice = slice(None)) -> list[tuple[float, float]]:
+    """(value, y) of the ticks, read off the axis labels; a label stands 4 px under its line."""
+    ticks = [g[0] for g in root.iter(f"{SVG}g") if g.get("class") == "y-tick"]
+    return [(float(t.text or ""), float(t.attrib["y"]) - 4) for t in ticks][panel]
+
+
+def expected_y(value: float, ticks: Sequence[tuple[float, float]]) -> float:
+    """Linear interpolation between the outermost ticks."""
+    (v0, y0), (v1, y1) = ticks[0], ticks[-1]
+    return y0 + (value - v0) / (v1 - v0) * (y1 - y0)
+
+
+def texts(root: ET.Element) -> list[str]:
+    return ["".join(t for t in [e.text, *(c.tail for c in e)] if t) for e in root.iter(f"{SVG}text")]
+
+
+def point(alpha: float, forget: float, utility: float | None = None, earlier: float | None = None) -> CurvePoint:
+    return CurvePoint(alpha=alpha, forget=forget, earlier=earlier, utility_nll=utility)
+
+
+SEARCH = [
+    point(a, 0.05 + 0.93 / (1 + a * a), 4.35 + 0.01 * a, 0.17 + 0.001 * a)
+    for a in (0.0, 1.0, 2.0, 4.0, 64.0, 3.0, 2.5, 2.25, 2.375, 2.4375, 2.40625)
+]
+
+
+# --- the curve --------------------------------------------------------------------------------------------
+
+
+def test_curve_points_lie_where_the_linear_formula_puts_them() -> None:
+    root = parse(alpha_curve(SEARCH, 0.184, 2.4375))
+    assert_inside(root)
+    ticks = y_of_ticks(root)
+    forget_ticks, utility_ticks = ticks[:6], ticks[6:]
+    assert [v for v, _ in forget_ticks] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    ordered = sorted(SEARCH, key=lambda p: p.alpha)
+    forget, earlier, utility = (series(root, i)[0] for i in range(3))
+    for i, p in enumerate(ordered):
+        assert p.earlier is not None and p.utility_nll is not None
+        # Coordinates are written with two decimals; ticks too, so that the formula adds at most as much again.
+        assert forget[i][1] == pytest.approx(expected_y(p.forget, forget_ticks), abs=0.02)
+        assert earlier[i][1] == pytest.approx(expected_y(p.earlier, forget_ticks), abs=0.02)
+        assert utility[i][1] == pytest.approx(expected_y(p.utility_nll, utility_ticks), abs=0.03)
+    assert [x for x, _ in forget] == [x for x, _ in utility] == sorted(x for x, _ in forget)
+
+
+def test_curve_x_axis_is_log1p_of_alpha_over_the_chosen_one() -> None:
+    root = parse(alpha_curve(SEARCH, 0.184, 2.4375))
+    alphas = sorted(p.alpha for p in SEARCH)
+    x = [x for x, _ in series(root, 0)[0]]
+    for a, at in zip(alphas, x, strict=True):
+        share = math.log1p(a / 2.4375) / math.log1p(64 / 2.4375)
+        assert at == pytest.approx(x[0] + share * (x[-1] - x[0]), abs=0.02)
+
+
+def test_curve_draws_target_and_chosen_strength() -> None:
+    root = parse(alpha_curve(SEARCH, 0.184, 2.4375))
+    assert "target 0.184" in texts(root) and "chosen α = 2.438" in texts(root)
+    y = expected_y(0.184, y_of_ticks(root)[:6])
+    dashed = [e for e in root.iter(f"{SVG}line") if e.get("stroke-dasharray")]
+    assert any(float(e.attrib["y1"]) == float(e.attrib["y2"]) == pytest.approx(y, abs=0.02) for e in dashed)
+    x = series(root, 0)[0][sorted(p.alpha for p in SEARCH).index(2.4375)][0]
+    assert any(float(e.attrib["x1"]) == float(e.attrib["x2"]) == pytest.approx(x, abs=0.01) for e in dashed)
+    assert "11 strengths from 0 to 64" in (root[1].text or "") and "Target 0.184" in (root[1].text or "")
+
+
+def test_curve_hints_carry_every_value() -> None:
+    root = parse(alpha_curve(SEARCH, 0.184, 2.4375))
+    hints = {e.text for e in root.iter(f"{SVG}title")}
+    for p in SEARCH:
+        assert f"α {p.alpha:.4g}: {p.forget:.3f}" in hints and f"α {p.alpha:.4g}: {p.utility_nll:.4f} nats" in hints
+
+
+@pytest.mark.parametrize("chosen", [0.03, 0.7, 2.4375, 40.0, 64.0])
+def test_bisection_around_the_chosen_strength_stays_apart(chosen: float) -> None:
+    alphas = [0.0, chosen * 0.75, chosen, 64.0]
+    root = parse(alpha_curve([point(a, 0.5) for a in alphas], 0.2, chosen))
+    x = sorted({x for x, _ in series(root, 0)[0]})
+    assert x[2] - x[1] > 8  # more than a marker
+
+
+@pytest.mark.parametrize("chosen", [0.003, 0.7, 2.4375, 40.0, 64.0])
+def test_labels_of_the_strength_axis_do_not_touch(chosen: float) -> None:
+    root = parse(alpha_curve([point(a, 0.5, 4.0) for a in (0.0, chosen, 64.0)], 0.2, chosen))
+    labels = [e for e in root.iter(f"{SVG}text") if e.get("text-anchor") == "middle" and "α" not in (e.text or "")]
+    spans = sorted((float(e.attrib["x"]), 7 * len(e.text or "") / 2) for e in labels)
+    assert len(spans) >= 3
+    assert all(x1 + w1 < x2 - w2 for (x1, w1), (x2, w2) in pairwise(spans))
+
+
+def test_curve_without_utility_has_one_panel() -> None:
+    both, one = parse(alpha_curve(SEARCH, 0.2, 2.5)), parse(alpha_curve([point(0, 1), point(1, 0.1)], 0.2, 1))
+    assert float(one.attrib["height"]) < float(both.attrib["height"])
+    assert not any("NLL" in t for t in texts(one))
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [point(0.0, 1.0, 4.0)],
+        [point(1.0, 1.0, 4.0)],
+        [point(a, 0.3, 4.0) for a in (0.0, 1.0, 2.0)],
+        [point(1.0, 0.3, 4.0), point(1.0, 0.2, 4.1)],
+        [point(0.0, 1.0, None), point(1.0, 0.5, 4.0), point(2.0, 0.2, None)],
+    ],
+    ids=["one at zero", "one", "equal", "same alpha", "gaps"],
+)
+def test_curve_of_few_or_equal_points(points: list[CurvePoint]) -> None:
+    root = parse(alpha_curve(points, 0.2, points[-1].alpha))
+    assert_inside(root)
+    assert len(series(root, 0)[0]) == len(points)
+
+
+def test_nothing_to_show_is_said_in_a_sentence() -> None:
+    for svg in (alpha_curve([], 0.2, 0.0), lines([], [], "t", "u"), lines(["v0"], [Series("a", [None])], "t", "u")):
+        assert any(t.endswith(".") for t in texts(parse(svg)))
+    for rows, columns in ([], ["v0"]), (["TD-1"], []):
+        svg = persistence_matrix(rows, columns, [[] for _ in rows], [None for _ in columns])
+        assert "No request has been measured on any version yet." in texts(parse(svg))
+    assert_inside(parse(sentence("a", "Nothing here.")))
+
+
+share = st.floats(0, 1)
+curves = st.lists(
+    st.builds(
+        CurvePoint,
+        alpha=st.floats(0, 1e6) | st.sampled_from([0.0, 0.5, 1.0, 64.0]),
+        forget=share,
+        earlier=st.none() | share,
+        utility_nll=st.none() | st.floats(0, 1e6),
+    ),
+    min_size=1,
+    max_size=20,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(points=curves, target=share, data=st.data())
+def test_any_curve_is_finite_and_inside_its_box(points: list[CurvePoint], target: float, data: st.DataObject) -> None:
+    chosen = data.draw(st.sampled_from(points)).alpha
+    root = parse(alpha_curve(points, target, chosen))
+    assert_inside(root)
+    assert len(series(root, 0)[0]) == len(points)
+
+
+# --- lines ------------------------------------------------------------------------------------------------
+
+
+def test_lines_break_at_gaps_and_differ_without_colour() -> None:
+    data = [Series("forget", [None, 0.2, None, 0.25, 0.21]), Series("kept", [1.0, 0.9, 0.9, 0.88, 0.87])]
+    root = parse(lines([f"v{i}" for i in range(5)], data, "Over time", "EM", limit=0.3, low=0.0, high=1.0))
+    assert_inside(root)
+    (points, line), (others, other) = series(root, 0), series(root, 1)
+    assert line.attrib["d"].count("M") == 2 and len(points) == 3
+    assert other.attrib["d"].count("M") == 1 and len(others) == 5
+    assert line.get("stroke-dasharray") != other.get("stroke-dasharray")
+    shapes = {m.attrib["d"] for g in root.iter(f"{SVG}g") for m in g if m.get("transform")}
+    assert len(shapes) == 2
+    ticks = y_of_ticks(root)
+    for (_, y), value in zip(others, (1.0, 0.9, 0.9, 0.88, 0.87), strict=True):
+        assert y == pytest.approx(expected_y(value, ticks), abs=0.02)
+    assert {"forget", "kept", "limit 0.300", "v0", "v4"} <= set(texts(root))
+
+
+def test_lines_of_many_versions_label_only_some() -> None:
+    labels = [f"v{i}" for i in range(400)]
+    root = parse(lines(labels, [Series("a", [0.1] * 400)], "t", "u"))
+    assert_inside(root)
+    assert sum(t.startswith("v") for t in texts(root)) <= 14
+
+
+def test_lines_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="2 values for 1 labels"):
+        lines(["v0"], [Series("a", [0.1, 0.2])], "t", "u")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.none() | st.floats(-1e6, 1e6), min_size=1, max_size=30))
+def test_any_lines_are_finite_and_inside_their_box(values: list[float | None]) -> None:
+    assert_inside(parse(lines([f"v{i}" for i in range(len(values))], [Series("a", values)], "t", "u")))
+
+
+# --- the matrix -------------------------------------------------------------------------------------------
+
+
+def matrix() -> ET.Element:
+    return parse(
+        persistence_matrix(
+            ["TD-1", "TD-2"],
+            ["v0", "v1", "v2"],
+            [[0.99, 0.21, 0.262], [None, 0.97, 0.2]],
+            [None, 0.21, 0.25],
+            [[False, True, True], [False, False, True]],
+        )
+    )
+
+
+def test_matrix_prints_every_value_in_its_cell() -> None:
+    root = matrix()
+    assert_inside(root)
+    rects = list(root.iter(f"{SVG}rect"))
+    assert len(rects) == 6
+    values = ["0.990", "0.210", "▲0.262", "–", "0.970", "0.200"]
+    for rect, value in zip(rects, values, strict=True):
+        x, y, w, h = (float(rect.attrib[k]) for k in ("x", "y", "width", "height"))
+        inside = [
+            e.text
+            for e in root.iter(f"{SVG}text")
+            if x < float(e.attrib["x"]) < x + w and y < float(e.attrib["y"]) < y + h
+        ]
+        assert inside == [value]
+    assert {"0.210", "0.250", "limit", "TD-1", "v2"} <= set(texts(root))
+
+
+def test_matrix_alarms_only_where_the_text_should_be_gone() -> None:
+    root = matrix()
+    assert "although taken out: TD-1 on v2 (0.262)." in (root[1].text or "")
+    fences = [e for e in root.iter(f"{SVG}line") if e.get("stroke-width") == "3"]
+    rects = list(root.iter(f"{SVG}rect"))
+    assert [float(e.attrib["x1"]) for e in fences] == [float(rects[1].attrib["x"]), float(rects[5].attrib["x"])]
+
+
+def test_matrix_without_knowledge_of_exclusion_holds_every_cell_to_the_limit() -> None:
+    root = parse(persistence_matrix(["a"], ["v0"], [[0.5]], [0.2]))
+    assert "▲0.500" in texts(root)
+
+
+def test_shade_is_relative_to_the_limit() -> None:
+    assert fill_of(0.2, 0.2, False) == fill_of(0.0, 0.2, False) == fill_of(None, 0.2, False) == "#ffffff"
+    assert fill_of(0.9, None, False) == "#ffffff"
+    greys = [int(fill_of(v, 0.2, False)[1:3], 16) for v in (0.21, 0.4, 0.6, 0.8, 1.0)]
+    assert greys == sorted(greys, reverse=True) and greys[-1] == 0x8C
+    # halfway between limit and 1, halfway between the greys
+    assert int(fill_of(0.6, 0.2, False)[1:3], 16) == (0xF2 + 0x8C) // 2
+    assert fill_of(1.0, 1.0, False) == "#ffffff"
+
+
+def test_matrix_shortens_long_labels_and_keeps_them_as_hints() -> None:
+    long, wide = "TD-" + "x" * 200, "灯" * 60
+    root = parse(persistence_matrix([long, wide], ["v0"], [[0.1], [0.1]], [0.2]))
+    assert float(root.attrib["width"]) < 320
+    assert {long, wide} <= {e.text for e in root.iter(f"{SVG}title")}
+
+
+def test_matrix_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="1 rows of 2"):
+        persistence_matrix(["a"], ["v0", "v1"], [[0.1]], [0.2, 0.2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_matrix_is_finite_and_inside_its_box(data: st.DataObject) -> None:
+    rows, columns = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
+    cell = st.none() | st.floats(0, 1)
+    values = data.draw(st.lists(st.lists(cell, min_size=columns, max_size=columns), min_size=rows, max_size=rows))
+    limits = data.draw(st.lists(cell, min_size=columns, max_size=columns))
+    labels = data.draw(st.lists(st.text(max_size=40), min_size=rows, max_size=rows))
+    root = parse(persistence_matrix(labels, [f"v{i}" for i in range(columns)], values, limits))
+    assert_inside(root)
+    assert len(list(root.iter(f"{SVG}rect"))) == rows * columns
+
+
+# --- all of them ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_labels_are_text(hostile: str) -> None:
+    shown = plain_text(hostile)
+    for svg in (
+        persistence_matrix([hostile], [hostile], [[0.9]], [0.2]),
+        lines([hostile], [Series(hostile, [0.1])], hostile, hostile),
+        sentence(hostile, hostile),
+    ):
+        assert shown in "".join(parse(svg).itertext())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stops(bad: float) -> None:
+    drawings: list[Callable[[], str]] = [
+        lambda: lines(["v0"], [Series("a", [bad])], "t", "u"),
+        lambda: persistence_matrix(["a"], ["v0"], [[bad]], [0.2]),
+        lambda: persistence_matrix(["a"], ["v0"], [[0.1]], [bad]),
+        lambda: alpha_curve(SEARCH, bad, 1.0),
+    ]
+    for draw in drawings:
+        with pytest.raises(NumericalFailure, match="expected finite"):
+            draw()
