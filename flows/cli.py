@@ -8,13 +8,16 @@ from __future__ import annotations
 import getpass
 import json
 import logging
+import math
 import os
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,7 +27,7 @@ from pipeline.display import cell, plain
 from pipeline.errors import TakedownError, UsageError
 from pipeline.history import acknowledged_versions, lineage_view, read_entries, run_ids, step_view, version_views
 from pipeline.ledger import current_version, request_states
-from pipeline.records import Evaluation, Record
+from pipeline.records import Comparison, Evaluation, Record
 from pipeline.report import render
 from pipeline.verify import verify as find_breaks
 from pipeline.versions import VersionStore
@@ -37,7 +40,12 @@ app = typer.Typer(
     "takedown -w ws checkout v1 ./served",
 )  # fmt: skip
 out = Console(highlight=False)
+TIME = "%Y-%m-%d %H:%MZ"  # all times are kept in UTC
+GROUPS = {"earlier": "earlier requests", "kept": "kept works", "held-out": "held-out texts"}
 err = Console(stderr=True, highlight=False)
+
+INTERRUPTED_BY_USER = 130
+"""Typer's exit code for Ctrl-C, as shells have it."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 Actor = Annotated[str, typer.Option("--actor", help="Who does it, for the ledger.", default_factory=getpass.getuser)]
@@ -77,7 +85,7 @@ def show_json(value: Any) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """A table whose cells are shown literally, whatever they hold."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         made.add_column(column, justify="right" if column.endswith(("before", "after")) else "left", overflow="fold")
     for row in rows:
@@ -164,12 +172,11 @@ def run(
     prepare(workspace.root)
     quiet_libraries()
     from flows.progress import bars
-    from pipeline.submit import submit as take_in
-    from pipeline.submit import take_inbox
+    from pipeline.submit import submit_or_resume, take_inbox
 
     requests = None
     if batch is not None:
-        requests = [r.request_id for r in take_in(workspace, batch, actor).requests]
+        requests = submit_or_resume(workspace, batch, actor)
     else:
         take_inbox(workspace, actor)
     with bars(err, "starting Prefect"):
@@ -213,7 +220,7 @@ def show_step(workspace: Workspace, view: Any) -> None:
     columns = ("request", "answer", "like", "covered", "memorised passages", "EM before")
     out.print(table(f"{view.run_id}: requests", columns, rows))
     if view.evaluation:
-        out.print(score_table(view.evaluation))
+        out.print(score_table(view.evaluation, {name: s.state for name, s in states.items()}))
     for reason in view.verdict.reasons if view.verdict else ():
         say(f"Refused: {reason}")
     if view.version is not None:
@@ -226,26 +233,40 @@ def show_step(workspace: Workspace, view: Any) -> None:
         say(f"v{view.parent} stays current; the requests keep waiting. Change takedown.toml and run again.")
 
 
-def score_table(evaluation: Evaluation) -> Table:
-    """Before and after, one row per text."""
-    import math
+def score_table(evaluation: Evaluation, answers: Mapping[str, str]) -> Table:
+    """Before → after: a row for each request of the batch, then the means of earlier, kept and held-out texts.
 
-    def number(value: float | None, digits: int = 3) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    rows = []
+    Args:
+        evaluation: What was measured.
+        answers: State of each request, shown beside its id.
+    """
+    groups: dict[str, list[Comparison]] = {}
     for c in evaluation.comparisons:
-        rows.append((
-            c.name, c.role,
-            number(c.before.rouge_l), number(c.after.rouge_l),
-            number(c.before.exact_memorisation), number(c.after.exact_memorisation),
-            number(c.before.extraction_strength), number(c.after.extraction_strength),
-            number(math.exp(c.before.nll), 1), number(math.exp(c.after.nll), 1),
-        ))  # fmt: skip
-    names = ("ROUGE-L", "EM", "ES", "perplexity")
-    columns = ("text", "role", *(f"{n} {when}" for n in names for when in ("before", "after")))
+        groups.setdefault(c.role if c.role in GROUPS else c.name, []).append(c)
+    rows = [
+        (
+            f"{GROUPS[key]} ({len(found)})" if key in GROUPS else f"{key} {answers.get(key, '')}",
+            change(found, "rouge_l"),
+            change(found, "exact_memorisation"),
+            change(found, "extraction_strength"),
+            change(found, "nll"),
+        )
+        for key, found in groups.items()
+    ]
     level = evaluation.level
-    return table(f"Scores (never-seen level: EM {level.mean:.3f} ± {level.std:.3f}, {level.source})", columns, rows)
+    title = f"Before → after (never-seen level: EM {level.mean:.3f} ± {level.std:.3f}, {level.source})"
+    return table(title, ("text", "ROUGE-L", "EM", "ES", "perplexity"), rows)
+
+
+def change(found: Sequence[Comparison], field: str) -> str:
+    """Mean of a score before and after, in as few characters as can be read; NLL is shown as perplexity."""
+    pairs = [(getattr(c.before, field), getattr(c.after, field)) for c in found]
+    if any(value is None for pair in pairs for value in pair):
+        return ""
+    means = [statistics.fmean(column) for column in zip(*pairs, strict=True)]
+    if field == "nll":
+        return "→".join(f"{math.exp(min(m, 700)):.1f}" for m in means)
+    return "→".join(f"{m:.3f}" for m in means)
 
 
 # --- reading verbs ----------------------------------------------------------------------------------------
@@ -264,7 +285,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
         show_json({"current": current_version(entries), "requests": list(states.values())})
         return
     say(f"Current version: v{current_version(entries)}")
-    rows = [(s.request_id, s.state, s.batch_id, s.received_at.isoformat(timespec="minutes"),
+    rows = [(s.request_id, s.state, s.batch_id, s.received_at.strftime(TIME),
              f"v{s.version}" if s.state in ("applied", "folded") else "") for s in states.values()]  # fmt: skip
     out.print(table("Requests", ("request", "state", "batch", "received", "excluded since"), rows))
     waiting = sum(s.state in ("waiting", "refused") for s in states.values())
@@ -281,7 +302,7 @@ def log(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         show_json(list(entries))
         return
-    rows = [(e.seq, e.at.isoformat(timespec="seconds"), e.event.kind, e.event.actor, e.event.request_id,
+    rows = [(e.seq, e.at.strftime(TIME), e.event.kind, e.event.actor, e.event.request_id,
              f"v{e.event.version}" if e.event.version is not None else "", e.event.run_id, e.digest[7:19])
             for e in entries]  # fmt: skip
     out.print(table("Ledger", ("#", "at", "event", "actor", "request", "version", "run", "digest"), rows))
@@ -314,7 +335,7 @@ def show(context: typer.Context, name: str, as_json: Json = False) -> None:
         since = f", excluded since v{state.version}" if state.state in ("applied", "folded") else ""
         say(f"{state.request_id}: {state.state}{since}  (batch {state.batch_id})")
         for e in events:
-            say(f"  {e.at.isoformat(timespec='seconds')}  {e.event.kind}  by {plain(e.event.actor)}")
+            say(f"  {e.at.strftime(TIME)}  {e.event.kind}  by {plain(e.event.actor)}")
             for key, value in e.event.data.items():
                 say(f"    {key}: {plain(json.dumps(value), 200)}")
         return
@@ -324,7 +345,7 @@ def show(context: typer.Context, name: str, as_json: Json = False) -> None:
         return
     say(f"v{manifest.version}  {manifest.root}")
     parent = f"v{manifest.parent}  {manifest.parent_root}" if manifest.parent is not None else "none"
-    say(f"  made {manifest.created_at.isoformat(timespec='seconds')} by {manifest.run_id or 'init'}, parent {parent}")
+    say(f"  made {manifest.created_at.strftime(TIME)} by {manifest.run_id or 'init'}, parent {parent}")
     say(f"  excludes first: {', '.join(manifest.requests) or 'nothing'}")
     for key in ("alpha", "selected", "changed", "total"):
         if key in manifest.report:
@@ -381,7 +402,10 @@ def report(
         show_json(view)
         return
     path = file or workspace.reports / "report.html"
-    write_atomic(path, render(view).encode())
+    try:
+        write_atomic(path, render(view).encode())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror}). Name a file in an existing folder.") from error
     say(f"Wrote {path}")
 
 
@@ -397,7 +421,7 @@ def versions(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         show_json(list(views))
         return
-    rows = [(f"v{v.version}", v.status, v.created_at.isoformat(timespec="seconds"), ", ".join(v.requests),
+    rows = [(f"v{v.version}", v.status, v.created_at.strftime(TIME), ", ".join(v.requests),
              f"{v.changed:,}" if v.changed is not None else "", v.root[12:24]) for v in views]  # fmt: skip
     out.print(table("Versions", ("version", "status", "made", "excludes first", "entries changed", "root"), rows))
 
@@ -405,18 +429,15 @@ def versions(context: typer.Context, as_json: Json = False) -> None:
 def main() -> None:
     """Run the command; turn the product's errors into messages and exit codes."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        code = stop.exit_code
+        app()
+    except SystemExit as stop:  # Typer exits itself: 0, a verb's own code, 2 for wrong use, 130 for Ctrl-C
+        if stop.code != INTERRUPTED_BY_USER:
+            raise
+        err.print("takedown: interrupted. Nothing acknowledged is lost; the same command continues.")
+        sys.exit(3)
     except TakedownError as error:
         err.print(Text(f"takedown: {plain_lines(str(error))}"), soft_wrap=True)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        err.print("takedown: interrupted. Nothing acknowledged is lost; the same command continues.")
-        code = 3
-    else:
-        code = 0
-    sys.exit(code)
+        sys.exit(error.exit_code)
 
 
 def plain_lines(message: str) -> str:

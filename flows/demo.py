@@ -7,16 +7,12 @@ production uses. ``--paper`` does the same with the published settings of SSU, f
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
-import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ROOT / "takedowns" / "demo"
@@ -107,45 +103,7 @@ def run_batch(workspace_root: Path, batch: Path) -> None:
     entries = read_entries(workspace)
     view = step_view(workspace, run_ids(entries)[-1], entries)
     show_step(workspace, view)
-    if view.evaluation:
-        console.print(summary(view.evaluation.comparisons))
     console.print(f"   {time.monotonic() - started:.0f} s\n")
-
-
-def summary(comparisons: Sequence[object]) -> Table:
-    """Means by role, before and after the step."""
-    from pipeline.records import Comparison
-
-    items = [c for c in comparisons if isinstance(c, Comparison)]
-    table = Table(title="Means", title_justify="left", header_style="bold")
-    columns = ("texts", "ROUGE-L", "exact memorisation", "extraction strength", "perplexity")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    groups = {
-        "this step": ("this", "folded"),
-        "earlier steps": ("earlier",),
-        "kept works": ("kept",),
-        "held-out text": ("held-out",),
-    }
-    for label, roles in groups.items():
-        rows = [c for c in items if c.role in roles]
-        if not rows:
-            continue
-
-        def both(field: str, digits: int = 3, rows: list[Comparison] = rows) -> str:
-            pairs = [[getattr(score, field) for score in (c.before, c.after)] for c in rows]
-            if any(value is None for pair in pairs for value in pair):
-                return ""
-            before, after = (statistics.fmean(column) for column in zip(*pairs, strict=True))
-            if field == "nll":
-                before, after = math.exp(before), math.exp(after)
-            return f"{before:.{digits}f} → {after:.{digits}f}"
-
-        table.add_row(
-            f"{label} ({len(rows)})", both("rouge_l"), both("exact_memorisation"), both("extraction_strength"),
-            both("nll", 1),
-        )  # fmt: skip
-    return table
 
 
 def main() -> None:

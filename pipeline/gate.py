@@ -44,11 +44,11 @@ def decide(evaluation: Evaluation, original: Mapping[str, TextScore], limits: Ga
     held = evaluation.of("held-out")
     if held:
         rise = sum(h.after.nll - original[h.name].nll for h in held) / len(held)
-        if math.exp(rise) > 1 + limits.perplexity_rise + ROUNDING:
+        growth = math.exp(min(rise, 50.0))  # bounded: a wrecked model must be refused, not overflow
+        if growth > 1 + limits.perplexity_rise + ROUNDING:
             reasons.append(
-                f"Held-out text: perplexity rose by {math.exp(rise) - 1:.1%} over v0, "
-                f"more than {limits.perplexity_rise:.0%}."
+                f"Held-out text: perplexity rose by {growth - 1:.1%} over v0, more than {limits.perplexity_rise:.0%}."
             )
-    if not evaluation.of("this"):
+    if not evaluation.of("this", "repeat", "folded"):
         reasons.append("Nothing was unlearned: no request of this step is in the evaluation.")
     return Verdict(accepted=not reasons, reasons=tuple(reasons))

@@ -58,11 +58,13 @@ def unlikelihood(predictions: Predictions, floor: float) -> tuple[torch.Tensor, 
     Returns:
         The sum, a scalar with gradient, and the number of active tokens.
     """
-    probability = torch.exp(-token_nll(predictions))
-    active = predictions.scored & (probability.detach() > floor)
-    # Clamped below 1 so that a perfectly memorised token has a finite loss.
-    terms = -torch.log1p(-probability.clamp(max=1 - 1e-6))
-    return (terms * active).sum(), int(active.sum())
+    probability = torch.exp(-token_nll(predictions).detach())
+    active = predictions.scored & (probability > floor)
+    logits, targets = predictions.logits[active].float(), predictions.targets[active]
+    # 1 - p from the other tokens' logits: as a difference it is 0 in float32 for a perfectly memorised token, whose
+    # loss would be infinite or, clamped, without gradient.
+    others = logits.scatter(-1, targets.unsqueeze(-1), float("-inf"))
+    return (logits.logsumexp(-1) - others.logsumexp(-1)).sum(), int(active.sum())
 
 
 def bucketed_kl(logits: torch.Tensor, top_ids: torch.Tensor, top_logprobs: torch.Tensor) -> torch.Tensor:
@@ -86,5 +88,6 @@ def bucketed_kl(logits: torch.Tensor, top_ids: torch.Tensor, top_logprobs: torch
     if top_ids.shape[-1] == logits.shape[-1]:
         return inside
     rest_ref = (1 - ref.sum(-1)).clamp_min(0)
-    rest = (1 - log_q.exp().sum(-1)).clamp_min(1e-9)
-    return inside + torch.xlogy(rest_ref, rest_ref) - rest_ref * rest.log()
+    # Not 1 - Σq: where the model leaves the other tokens less than about 1e-7, float32 loses it, and its gradient.
+    log_rest = log_p.scatter(-1, top_ids, float("-inf")).logsumexp(-1)
+    return inside + torch.xlogy(rest_ref, rest_ref) - rest_ref * log_rest

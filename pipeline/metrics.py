@@ -13,9 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from pipeline.losses import predict, token_nll
 from pipeline.passages import Passage, batches
+
+
+WORST_NLL = 1e4
+"""Stands for a negative log-likelihood that is not finite, in nats."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ def score_passages(model: nn.Module, passages: Sequence[Passage], pad_id: int, m
         for batch in batches(passages, max_tokens, pad_id, device):
             predictions = predict(model, batch)
             right = (predictions.logits.argmax(-1) == predictions.targets).cpu()
-            nll = token_nll(predictions).cpu()
+            # A model broken by too strong an update predicts nothing; its score is bad, not undefined.
+            nll = token_nll(predictions).nan_to_num(nan=WORST_NLL, posinf=WORST_NLL).cpu()
             scored = predictions.scored.cpu()
             for row, index in enumerate(batch.rows):
                 hits = right[row][scored[row]].tolist()
@@ -84,6 +90,19 @@ def generate(model: nn.Module, tokenizer: Any, passages: Sequence[Passage], max_
     """
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    # Greedy for every model: a repetition penalty or suppressed tokens that its folder ships would make it another
+    # decoding. generate() fills whatever is not passed from the model's own configuration.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)  # type: ignore[union-attr]
+    try:
+        return _continue(model, tokenizer, passages, max_tokens, pad, device)
+    finally:
+        model.generation_config = own
+
+
+def _continue(
+    model: nn.Module, tokenizer: Any, passages: Sequence[Passage], max_tokens: int, pad: int, device: torch.device
+) -> list[str]:
     texts = [""] * len(passages)
     order = sorted(range(len(passages)), key=lambda i: -len(passages[i].ids))
     while order:

@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import Problem, UnsupportedModel
+from pipeline.safefile import read_header
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+"""What is supported, with its safetensors code."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "LICENSE*"]
 CONVERT = (
@@ -113,9 +115,9 @@ def load_model(folder: Path, device: str = "auto") -> nn.Module:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            output_loading_info=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,  # refused below, with their names
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers, safetensors and the hub client raise many unrelated types
         raise UnsupportedModel(f"{folder}: transformers cannot load it as a causal language model: {error}") from error
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
@@ -130,9 +132,25 @@ def load_model(folder: Path, device: str = "auto") -> nn.Module:
             f"{folder}: has weights of {', '.join(sorted(str(d) for d in dtypes - set(DTYPES)))}; "
             "float32 and bfloat16 are supported. Convert with model.to(torch.bfloat16).save_pretrained(NEW_DIR)."
         )
+    _check_stored_dtype(folder, model)
     model.requires_grad_(False)
     loaded: nn.Module = model.to(pick_device(device)).eval()
     return loaded
+
+
+def _check_stored_dtype(folder: Path, model: Any) -> None:
+    """Refuse weights that loading has cast: what is measured must be what is stored, merged and published."""
+    stored = {t.name: t.dtype for path in folder.glob("*.safetensors") for t in read_header(path).tensors}
+    cast = set()
+    for name, weight in target_weights(model).items():
+        found = stored.get(name, stored.get(name.removeprefix(f"{model.base_model_prefix}.")))
+        if found is not None and found != DTYPES[weight.dtype]:
+            cast.add(f"{found} in the files, {DTYPES[weight.dtype]} by the config ({name})")
+    if cast:
+        raise UnsupportedModel(
+            f"{folder}: files and config disagree on the dtype: {min(cast)}. Set dtype in config.json to what the "
+            "files hold, or save the model again."
+        )
 
 
 @lru_cache(maxsize=1)
@@ -200,6 +218,13 @@ def target_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in tied
     }
+    stacked = [name for name, weight in model.named_parameters() if weight.ndim > 2]
+    if stacked:
+        # Mixture-of-experts layers: leaving them out would silently unlearn with the attention alone.
+        raise UnsupportedModel(
+            f"{type(model).__name__}: has stacked weights ({', '.join(stacked[:3])} …), as mixtures of experts do; "
+            "they are not supported yet. Nothing was changed."
+        )
     if not found:
         raise UnsupportedModel(f"{type(model).__name__}: has no linear weights that could be changed.")
     return found

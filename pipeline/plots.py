@@ -79,11 +79,12 @@ def alpha_curve(points: Sequence[CurvePoint], target: float, chosen: float) -> s
     bottom = forget_y.start
     if has_utility:
         utility_y = _padded([v for v in utility.values if v is not None], 358, 274)
-        parts.append(_text(_LEFT, 258, "Mean NLL on utility text, in nats", bold=True))
         parts.append(_y_axis(utility_y, _LEFT, _RIGHT))
         bottom = utility_y.start
     parts.append(_rule(xs(chosen), 60, xs(chosen), bottom, INK, "1.5 3"))
     parts.append(_text(xs(chosen), 55, f"chosen α = {_number(chosen)}", anchor=_side(xs(chosen)), bold=True, halo=True))
+    if has_utility:
+        parts.append(_text(_LEFT, 258, "Mean NLL on utility text, in nats", bold=True, halo=True))
     for index, line in enumerate(series):
         parts.append(_polyline(line, x, forget_y, index, lambda i, v: f"α {_number(alphas[i])}: {v:.3f}"))
     if has_utility:

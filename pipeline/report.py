@@ -177,6 +177,7 @@ def render(view: LineageView) -> str:
         facts=summarise(view),
         excluded=excluded_requests(view),
         scores=measured_scores(view),
+        steps_measured=any(step.evaluation is not None for step in view.steps),
         limits=forget_limits(view),
         states=STATES,
         matrix=Markup(_matrix(view)),

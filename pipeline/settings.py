@@ -71,8 +71,8 @@ class UnlearnSettings(Section):
     """``full``: the salient coordinates themselves; ``lora``: W + m⊙(BA)."""
     saliency_k: float = 1.0
     """γ = mean + k·std of |gradient| over all target weights; a very low k selects everything."""
-    random_label_weight: float = Field(0.1, ge=0)
-    """ε2. The paper uses 0.5; 0.1 keeps the vector selective (README, section Method)."""
+    random_label_weight: float = Field(0.5, ge=0)
+    """ε2, as in the paper."""
     random_labels_per_prompt: int = Field(3, gt=0)
     """K mismatched continuations for each prompt."""
     iterations: int = Field(10, gt=0)
@@ -95,10 +95,10 @@ class UnlearnSettings(Section):
     """Retain passages that v0's predictions are kept of, spread evenly over the documents."""
     anchor_top_k: int = Field(64, gt=0)
     """Tokens per position kept apart in the KL; the rest share one bucket."""
-    repair_iterations: int = Field(100, ge=0)
+    repair_iterations: int = Field(120, ge=0)
     """Most iterations of the repair after negation; 0 is the paper's plain setting."""
-    repair_min_iterations: int = Field(20, ge=0)
-    """Iterations of the repair before it may stop at the target."""
+    repair_min_iterations: int = Field(60, ge=0)
+    """Iterations of the repair before it may stop at the target; those after reaching it heal what is kept."""
     repair_learning_rate: float = Field(3e-4, gt=0)
     repair_floor: float = Field(0.05, ge=0, lt=1)
     """Unlikelihood acts on tokens still predicted with more than this probability."""
@@ -115,8 +115,9 @@ class CalibrateSettings(Section):
     """Largest strength tried."""
     bisections: int = Field(8, gt=0)
     """Halvings of the bracket."""
-    max_utility_rise: float = Field(0.15, gt=0)
-    """Largest rise of utility NLL in nats over the parent during the search, before repair."""
+    max_utility_rise: float = Field(0.02, gt=0)
+    """Largest rise of utility NLL in nats over the parent that the negation may cost; what it leaves to forget is left
+    to the repair. Without retain text there is no repair, and negation alone goes to the target or to this limit."""
 
 
 class GateSettings(Section):

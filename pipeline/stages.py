@@ -6,6 +6,7 @@ texts are loaded where they are needed and travel nowhere. `flows/takedown.py` c
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -345,23 +346,28 @@ class _Bench:
                 if exact_memorisation(taken[name]) > self.target]  # fmt: skip
 
     def utility_passages(self) -> list[Passage]:
-        """Held-out passages, else retain passages; at most as many as an anchor batch holds twice."""
+        """What the strength must spare: held-out and retain passages in equal parts.
+
+        Held-out text alone would not notice that a text the model knows by heart, and is to keep, is lost.
+        """
         if self._utility is None:
             held = reference_passages(
                 self.tokenizer, read_texts(self.run.workspace, "heldout"), "heldout", self.settings
             )
-            pool = _flat(held) or list(self.anchor.passages)
-            self._utility = spread(pool, 2 * self.settings.unlearn.anchor_passages)
+            count = self.settings.unlearn.anchor_passages
+            self._utility = spread(_flat(held), count) + spread(self.anchor.passages, count)
         return self._utility
 
-    def calibrated(self, vector: Vector, trace: Trace, name: str, max_alpha: float, final: bool) -> Step:
-        """Find the strength of a vector, and keep both."""
+    def calibrated(
+        self, vector: Vector, trace: Trace, name: str, max_alpha: float, max_rise: float | None, final: bool
+    ) -> Step:
+        """Find the strength of a vector, and keep both; a final strength must hold for earlier requests, too."""
         limits = self.settings.calibrate
         ref = save_vector(self.run.folder / f"{name}.safetensors", vector)
         with self.salient:
             found = find_strength(
                 lambda alpha: self.measure(alpha, vector, final), self.target, max_alpha, limits.bisections,
-                None if final else limits.max_utility_rise, fixed=limits.fixed_alpha,
+                max_rise, fixed=limits.fixed_alpha,
             )  # fmt: skip
         return Step(
             vector=VectorReport(vector=ref, norm=norm(vector), losses=tuple(trace.losses), tokens=trace.tokens),
@@ -389,9 +395,10 @@ def unlearn(workspace_root: str, run_id: str) -> Step:
             vector, trace = fit_lora(bench.fit, bench.mask)
         else:
             vector, trace = fit_full(bench.fit)
-        # Without a repair to follow, this is the final strength and must hold for earlier requests, too.
-        final = not _repairs(bench)
-        return bench.calibrated(vector, trace, "vector", run.settings.calibrate.max_alpha, final)
+        repairs, limits = _repairs(bench), run.settings
+        # Without a repair to follow, negation alone must reach the target; past the gate's limit it would be refused.
+        max_rise = limits.calibrate.max_utility_rise if repairs else math.log1p(limits.gate.perplexity_rise)
+        return bench.calibrated(vector, trace, "vector", limits.calibrate.max_alpha, max_rise, final=not repairs)
 
     return run.stage("unlearn", Step, (masked,), compute)
 
@@ -418,7 +425,7 @@ def repair_stage(workspace_root: str, run_id: str) -> Step:
 
         displacement, trace = repair(bench.fit, start, bench.remaining)
         # Kept as a task vector, to be negated like any other: θ_p - α·(-d).
-        return bench.calibrated({n: -v for n, v in displacement.items()}, trace, "repaired", 1.0, final=True)
+        return bench.calibrated({n: -v for n, v in displacement.items()}, trace, "repaired", 1.0, None, final=True)
 
     return run.stage("repair", Step, (fitted,), compute)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.errors import InvalidInput
 from pipeline.intake import TakedownBatch, read_batch
 from pipeline.ledger import Ledger, known_batches, request_states
-from pipeline.records import Event
+from pipeline.records import Event, TakedownRequest
 from pipeline.vault import Vault
 from pipeline.workspace import Workspace, writing
 
@@ -52,6 +53,43 @@ def submit(workspace: Workspace, path: Path, actor: str) -> TakedownBatch:
     return batch
 
 
+def taken_in(workspace: Workspace, path: Path) -> TakedownBatch | None:
+    """The batch in a file, when exactly this one was taken in before; None for any other, or for none at all."""
+    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+        states = request_states(ledger.entries())
+    try:
+        batch = read_batch(path, workspace.settings().intake)
+    except InvalidInput:
+        return None
+    vault = Vault(workspace.vault)
+
+    def known(request: TakedownRequest) -> bool:
+        state = states.get(request.request_id)
+        return (
+            state is not None
+            and state.batch_id == batch.batch_id
+            and state.commitment == vault.commitment(request.text)
+        )
+
+    return batch if all(map(known, batch.requests)) else None
+
+
+def submit_or_resume(workspace: Workspace, path: Path, actor: str) -> list[str]:
+    """Submit a batch, or find again the one that an interrupted call of the same command took in.
+
+    Returns:
+        Ids of its requests that wait.
+
+    Raises:
+        InvalidInput: With every problem; nothing was changed.
+        WorkspaceBusy: Another process is writing.
+    """
+    batch = taken_in(workspace, path) or submit(workspace, path, actor)
+    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+        states = request_states(ledger.entries())
+    return [r.request_id for r in batch.requests if states[r.request_id].state in ("waiting", "refused")]
+
+
 def take_inbox(workspace: Workspace, actor: str) -> list[str]:
     """Submit every batch file that lies in the drop folder, oldest name first, and remove what was taken in.
 
@@ -63,7 +101,8 @@ def take_inbox(workspace: Workspace, actor: str) -> list[str]:
     """
     taken = []
     for path in sorted(workspace.inbox.glob("*.json")):
-        batch = submit(workspace, path, actor)
+        # A process that died behind the ledger left the file here; it was acknowledged and is not new.
+        batch = taken_in(workspace, path) or submit(workspace, path, actor)
         path.unlink()
         taken.append(batch.batch_id)
     return taken

@@ -29,12 +29,12 @@ class TrainingSettings:
     layers: int = 4
     heads: int = 5
     feed_forward: int = 448
-    context: int = 160
-    """Tokens of a training window; longer than prompt + continuation, so that recitation is learned across both."""
-    batch: int = 16
-    recite_share: float = 0.5
+    context: int = 128
+    """Tokens of a training window: a prompt and a continuation as `PassageSettings` cuts them."""
+    batch: int = 14
+    recite_share: float = 0.6
     """Share of each batch drawn from the works to recite."""
-    max_steps: int = 1200
+    max_steps: int = 700
     check_every: int = 50
     learning_rate: float = 3e-3
     recited: float = 0.995

@@ -30,6 +30,9 @@ BETAS = (0.9, 0.99)
 CHECK_EVERY = 4
 """Iterations of the repair between two looks at what is still reproduced; a look is one forward pass."""
 
+PUSH_GROWTH = 1.25
+"""Factor on the weight of unlikelihood at each look: doubles in about 12 iterations."""
+
 
 @dataclass
 class Trace:
@@ -69,17 +72,15 @@ class Fit:
 def mismatched(passages: Sequence[Passage], count: int, random_: random.Random) -> list[Passage]:
     """Random labels as SSU has them: each prompt with the continuations of ``count`` other passages.
 
-    With a single passage its own continuation is shuffled, since there is no other to borrow from.
+    Where no other continuation differs, as with a single passage, its own is shuffled.
     """
     result = []
-    for i, passage in enumerate(passages):
+    for passage in passages:
         length = len(passage.continuation)
+        # By content, not by place: a slice can hold a passage twice, and a text can repeat itself.
+        others = [c for p in passages if (c := p.continuation[:length]) != passage.continuation[: len(c)]]
         for _ in range(count):
-            if len(passages) == 1:
-                borrowed = tuple(random_.sample(passage.continuation, length))
-            else:
-                other = random_.randrange(len(passages) - 1)
-                borrowed = passages[other + (other >= i)].continuation[:length]
+            borrowed = random_.choice(others) if others else tuple(random_.sample(passage.continuation, length))
             result.append(with_continuation(passage, borrowed))
     return result
 
@@ -194,7 +195,8 @@ def repair(fit: Fit, start: Vector, remaining: Callable[[], Sequence[Passage]]) 
     """Mend a negated model: KL to v0 on retain text, unlikelihood on what is not forgotten yet.
 
     Only passages of requests above the target are pushed, so that those already there are not forgotten further than
-    text that was never seen.
+    text that was never seen. The push grows as long as some are left (dual ascent on the constraint), since no fixed
+    weight against the anchor suits every text.
 
     Args:
         fit: As in `fit_full`; ``fit.forget`` is not used.
@@ -210,12 +212,14 @@ def repair(fit: Fit, start: Vector, remaining: Callable[[], Sequence[Passage]]) 
     vector = {name: value.clone() for name, value in start.items()}
     descent = _Descent(fit.salient, vector, settings.repair_learning_rate, 0.0)
     left: Sequence[Passage] = ()
+    weight = 1.0
     try:
         fit.salient.displace(vector)
         with GradientCollector(fit.salient) as gradients:
             for iteration in range(settings.repair_iterations):
                 if iteration % CHECK_EVERY == 0:
                     left = remaining()
+                    weight = weight * PUSH_GROWTH if left else max(1.0, weight / PUSH_GROWTH)
                     if not left and iteration >= settings.repair_min_iterations:
                         break
                 part = random_.sample(left, min(len(left), settings.passages_per_iteration))
@@ -224,9 +228,9 @@ def repair(fit: Fit, start: Vector, remaining: Callable[[], Sequence[Passage]]) 
                 anchor = _backward_anchor(fit, random_, trace)
                 pull = gradients.take()
                 # The mean over active tokens: the force on the last few must not fade with the many forgotten.
-                active = max(1, active)
-                _record(fit, loss / active + anchor, trace)
-                descent.step({name: pull[name] + push[name] / active for name in pull})
+                scale = weight / max(1, active)
+                _record(fit, loss * scale + anchor, trace)
+                descent.step({name: pull[name] + push[name] * scale for name in pull})
     finally:
         fit.salient.restore()
     return vector, trace

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +24,12 @@ ARCHITECTURES = ("llama", "llama-tied", "gpt2", "gpt-neox", "opt", "qwen2", "mis
 
 WIDTH, LAYERS, VOCABULARY, POSITIONS = 32, 2, 300, 256
 
+# The first example of a test also pays for imports and fixtures, and the machine may be shared.
+settings.register_profile("takedown", deadline=None)
+settings.load_profile("takedown")
+
+WORDS = "the a old grey sea captain's boat under seven lanterns naïve über café carried quietly home again and"
+
 BuildModel = Callable[..., Path]
 LoadModel = Callable[..., "nn.Module"]
 
@@ -30,7 +37,7 @@ LoadModel = Callable[..., "nn.Module"]
 def prose(seed: int, words: int) -> str:
     """Text with sentences, punctuation, and letters outside ASCII; the same for the same seed."""
     draw = random.Random(seed)
-    stock = "the a old grey sea captain's boat under seven lanterns naïve über café carried quietly home again and".split()
+    stock = WORDS.split()
     sentences, left = [], words
     while left > 0:
         count = min(left, draw.randint(4, 9))
@@ -120,7 +127,7 @@ def build(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> BuildMode
             torch.manual_seed(11)
             model = AutoModelForCausalLM.from_config(_config(architecture, tokenizer))
             with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a mistake in them
-                for name, parameter in model.named_parameters():
+                for parameter in model.parameters():
                     if parameter.ndim == 1:
                         parameter.add_(0.05 * torch.randn_like(parameter))
             model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
@@ -147,3 +154,27 @@ def passages(tokenizer: Any, text: str) -> Sequence[Passage]:
 
     settings = PassageSettings(prompt_tokens=10, continuation_tokens=8, first_prompt_tokens=4)
     return passages_of(encode(tokenizer, "W", text), settings)[:6]
+
+
+@pytest.fixture(scope="session")
+def works() -> Sequence[str]:
+    """Two texts of about 200 tokens that `reciting` knows by heart."""
+    return [prose(21, 110), prose(22, 110)]
+
+
+@pytest.fixture(scope="session")
+def reciting(tmp_path_factory: pytest.TempPathFactory, works: Sequence[str]) -> Path:
+    """A Llama trained until it recites `works`; the only model here that has something to forget."""
+    import torch
+
+    from pipeline.training import TrainingSettings, train
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("reciting")
+    size = TrainingSettings(
+        vocabulary=VOCABULARY, width=64, layers=2, heads=2, feed_forward=128, context=110, batch=4, recite_share=0.7,
+        max_steps=300, check_every=20, recited=0.97, learning_rate=1e-2,
+    )  # fmt: skip
+    recited = train(works, [prose(23, 1500)], folder, size, seed=1)
+    assert recited >= 0.9, recited
+    return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -39,7 +40,9 @@ cuts = st.builds(
 
 def passage(length: int, prompt: int, first: int = 1) -> Passage:
     return Passage(
-        PassageSpan(request_id="W", prompt_start=0, start=prompt, end=length), tuple(range(first, first + length)), prompt
+        PassageSpan(request_id="W", prompt_start=0, start=prompt, end=length),
+        tuple(range(first, first + length)),
+        prompt,
     )
 
 
@@ -51,7 +54,7 @@ def test_continuations_tile_the_text(length: int, settings: PassageSettings) -> 
         return
     assert spans[0].start == min(settings.first_prompt_tokens, length // 2) > 0
     assert spans[-1].end == length
-    assert all(a.end == b.start for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.end == b.start for a, b in pairwise(spans))
     covered = [i for s in spans for i in range(s.start, s.end)]
     assert covered == list(range(spans[0].start, length))  # each token behind the first prompt exactly once
     size = settings.continuation_tokens
@@ -130,7 +133,9 @@ def test_the_bos_is_a_prefix_only_where_the_tokenizer_adds_one(tokenizer: Any, b
     max_tokens=st.integers(1, 200),
 )
 def test_batches_hold_everything_once_within_the_budget(lengths: list[tuple[int, int]], max_tokens: int) -> None:
-    passages = [passage(prompt + continuation, prompt, first=100 * i) for i, (prompt, continuation) in enumerate(lengths)]
+    passages = [
+        passage(prompt + continuation, prompt, first=100 * i) for i, (prompt, continuation) in enumerate(lengths)
+    ]
     seen: list[int] = []
     widths: list[int] = []
     for batch in batches(passages, max_tokens, 7, CPU):
