@@ -132,7 +132,7 @@ def request_views(
         except StoreDamaged:
             title, holder = "(not in the vault)", ""
         before, after = scores.get(name, (None, None))
-        first = state.version if state.state in ("applied", "folded") else None
+        first = state.version if state.state in ("applied", "folded", "repeat") else None
         views.append(
             RequestView(
                 request_id=name,

@@ -18,7 +18,6 @@ from transformers import GenerationConfig
 from pipeline.losses import predict, token_nll
 from pipeline.passages import Passage, batches
 
-
 WORST_NLL = 1e4
 """Stands for a negative log-likelihood that is not finite, in nats."""
 

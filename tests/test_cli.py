@@ -48,7 +48,7 @@ Takedown = Callable[..., Answer]
 
 
 @pytest.fixture
-def takedown(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Takedown:
+def takedown(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Takedown]:
     """Calls `main` as the console script does, in this process."""
 
     def call(*arguments: object) -> Answer:
@@ -63,7 +63,10 @@ def takedown(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 
     monkeypatch.delenv("TAKEDOWN_WORKSPACE", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
-    return call
+    environment = dict(os.environ)
+    yield call
+    os.environ.clear()  # `run` sets what Prefect needs, for its process only
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")
@@ -556,8 +559,8 @@ def test_reading_checking_and_submitting_import_neither_torch_nor_prefect(
     ws: Workspace, batch: Path, tmp_path: Path
 ) -> None:
     verbs = (
-        ["status"], ["log"], ["versions"], ["show", "v1"], ["verify"], ["report"], ["checkout", "v1", str(tmp_path / "s")],
-        ["check", str(batch)], ["submit", str(batch)],
+        ["status"], ["log"], ["versions"], ["show", "v1"], ["verify"], ["report"],
+        ["checkout", "v1", str(tmp_path / "s")], ["check", str(batch)], ["submit", str(batch)],
     )  # fmt: skip
     arguments = json.dumps([["-w", str(ws.root), *verb] for verb in verbs])
     done = subprocess.run([sys.executable, "-c", QUIET, arguments], capture_output=True, text=True, check=True)

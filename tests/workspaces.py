@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from pipeline.workspace import Workspace
 
 STOCK = {
-    "noun": "lantern harbour miller orchard violin glacier ferry compass widow baker clock ladder meadow falcon ledger "
-    "candle bridge quarry sailor mirror garden thimble anchor chapel beacon saddle barrel needle tailor pigeon cellar "
-    "kettle trumpet wagon scarf hedge river puppet locket mason".split(),
-    "adjective": "amber brittle crooked distant eager faded gentle hollow idle jagged keen lonely mossy narrow older "
-    "patient quiet rusty silver tangled upright velvet weary yellow zealous copper drowsy frozen golden humble".split(),
-    "verb": "carried mended followed painted counted buried forgot traded polished weighed guarded borrowed watched "
-    "measured opened answered hid burned lifted praised repaired sold tied washed wound named copied drew".split(),
-    "place": "beneath behind beside beyond across inside near under above past around before".split(),
-    "time": "yesterday tonight slowly twice afterwards never seldom gladly again once later softly".split(),
+    "noun": """lantern harbour miller orchard violin glacier ferry compass widow baker clock ladder meadow falcon ledger
+        candle bridge quarry sailor mirror garden thimble anchor chapel beacon saddle barrel needle tailor pigeon cellar
+        kettle trumpet wagon scarf hedge river puppet locket mason""",
+    "adjective": """amber brittle crooked distant eager faded gentle hollow idle jagged keen lonely mossy narrow older
+        patient quiet rusty silver tangled upright velvet weary yellow zealous copper drowsy frozen golden humble""",
+    "verb": """carried mended followed painted counted buried forgot traded polished weighed guarded borrowed watched
+        measured opened answered hid burned lifted praised repaired sold tied washed wound named copied drew""",
+    "place": "beneath behind beside beyond across inside near under above past around before",
+    "time": "yesterday tonight slowly twice afterwards never seldom gladly again once later softly",
 }
 """Rich enough that no sentence can be guessed: what the model then gets right, it has memorised."""
 
@@ -45,7 +45,7 @@ def draw_text(name: str, words: int) -> str:
     draw = random.Random(name)
     sentences: list[str] = []
     while sum(len(s.split()) for s in sentences) < words:
-        frame, slots = draw.choice(FRAMES), {kind: list(stock) for kind, stock in STOCK.items()}
+        frame, slots = draw.choice(FRAMES), {kind: stock.split() for kind, stock in STOCK.items()}
         parts = [draw.choice(slots[w[1:-1]]) if w.startswith("{") else w for w in frame.split()]
         sentences.append(" ".join(parts).capitalize() + ".")
     return " ".join(sentences)
@@ -67,6 +67,9 @@ UNSEEN = draw_text("unseen", 70)
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "passages": {"prompt_tokens": 16, "continuation_tokens": 16, "first_prompt_tokens": 8},
     "unlearn": {
+        "saliency_k": 1.0,
+        "random_label_weight": 0.1,
+        "anchor_weight": 8.0,
         "iterations": 10,
         "learning_rate": 1e-3,
         "repair_iterations": 60,
@@ -75,11 +78,16 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "anchor_passages": 8,
         "anchor_top_k": 32,
     },
+    "screen": {"sigma": 3.0},
+    "calibrate": {"margin": 0.02},
     "evaluate": {"generate_passages": 1},
     "gate": {"forget_tolerance": 0.05, "kept_share": 0.3, "perplexity_rise": 1.0},
     "runtime": {"device": "cpu"},
 }
-"""For a model of this size: short passages, large steps, and a gate that is strict on forgetting only."""
+"""For a model of this size: short passages, large steps, and a gate that is strict on forgetting only.
+
+What the outcomes below depend on is written out, so that other defaults do not change them.
+"""
 
 
 def toml(settings: Mapping[str, Mapping[str, Any]]) -> str:
