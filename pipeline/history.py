@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from pipeline.errors import StoreDamaged
+from pipeline.errors import StoreDamaged, UsageError
 from pipeline.files import digest_json
 from pipeline.ledger import Ledger, RequestState, current_version, request_states
 from pipeline.records import (
@@ -59,7 +59,10 @@ def step_view(workspace: Workspace, run_id: str, entries: Sequence[LedgerEntry])
         StoreDamaged: Its folder is gone or was changed: the records of an evaluation must have the digest that
             the version's manifest names.
     """
-    run = open_run(workspace.root, run_id)
+    try:
+        run = open_run(workspace.root, run_id)
+    except UsageError as error:
+        raise StoreDamaged(f"{workspace.runs / run_id}: the records of a run are gone. Restore the folder.") from error
     own = [e for e in entries if e.event.run_id == run_id]
     version = next((e.event.version for e in own if e.event.kind == "published"), None)
     trained = (run.folder / "gate.json").is_file()

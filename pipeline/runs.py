@@ -6,6 +6,7 @@ outcome, so that the same work after a crash is the same run. Never imports torc
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 import pipeline
 from pipeline.errors import StoreDamaged, UsageError
-from pipeline.files import canonical_json, digest_json, read_json, write_json
+from pipeline.files import canonical_json, digest_file, digest_json, read_json, write_json
 from pipeline.ledger import Ledger, current_version, request_states
 from pipeline.records import Record
 from pipeline.settings import Settings
@@ -33,6 +34,7 @@ class Plan(Record):
         parent_root: Its tensor root.
         requests: Request ids, sorted.
         commitments: Keyed digest of each request's text, in that order.
+        references: Digest of the retain, kept and held-out texts: other ones can turn a refusal.
         settings: Resolved settings.
         code: Release that computes.
     """
@@ -41,6 +43,7 @@ class Plan(Record):
     parent_root: str
     requests: tuple[str, ...]
     commitments: tuple[str, ...]
+    references: str
     settings: Settings
     code: str
 
@@ -138,13 +141,35 @@ def plan_run(workspace: Workspace, requests: Sequence[str] | None = None) -> Pla
         parent_root=VersionStore(workspace.versions).manifest(parent).root,
         requests=tuple(chosen),
         commitments=tuple(waiting[i].commitment for i in chosen),
+        references=references_digest(workspace),
         settings=workspace.settings(),
         code=pipeline.__version__,
     )
     folder = workspace.runs / plan.run_id
+    for other in workspace.runs.iterdir():
+        if other != folder:
+            clean(other)  # a run that was abandoned, because settings or requests changed, is not continued
     folder.mkdir(exist_ok=True)
     write_json(folder / "plan.json", plan.model_dump(mode="json"))
     return plan
+
+
+def references_digest(workspace: Workspace) -> str:
+    """Digest of all reference texts."""
+    return digest_json({
+        str(path.relative_to(workspace.reference)): digest_file(path)
+        for kind in ("retain", "kept", "heldout")
+        for path in sorted((workspace.reference / kind).glob("*.txt"))
+    })  # fmt: skip
+
+
+def clean(folder: Path) -> None:
+    """Delete the large files of a run; its records stay."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix in (".safetensors", ".restored"):
+            path.unlink()
 
 
 def open_run(workspace_root: str | Path, run_id: str) -> Run:

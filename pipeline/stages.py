@@ -55,7 +55,7 @@ from pipeline.records import (
     VectorReport,
     Verdict,
 )
-from pipeline.runs import Run, open_run
+from pipeline.runs import Run, clean, open_run
 from pipeline.safefile import read_header
 from pipeline.saliency import WeightedPassages, accumulate_gradients, select
 from pipeline.settings import Settings
@@ -252,8 +252,9 @@ def needs_step(workspace_root: str, run_id: str) -> bool:
 def _trained(run: Run) -> dict[str, list[PassageSpan]]:
     """The spans to train on: a folded request is worked on through the one it was folded into, if that one is."""
     spans = forget_spans(run)
-    folded = {d.request_id for d in run.finished("dedupe", DedupeReport).decisions if d.verdict == "folded"}
-    return {n: s for n, s in spans.items() if n not in folded} or spans
+    decisions = run.finished("dedupe", DedupeReport).decisions
+    into = {d.request_id: d.evidence[0].request_id for d in decisions if d.verdict == "folded"}
+    return {name: found for name, found in spans.items() if into.get(name) not in spans}
 
 
 def saliency(workspace_root: str, run_id: str) -> MaskReport:
@@ -529,7 +530,7 @@ def publish(workspace_root: str, run_id: str, actor: str) -> Publication:
         with DedupeIndex.open(workspace.index) as index:
             for name in spans:
                 index.add(name, vault.get(name).text)
-    _clean(run)
+    clean(run.folder)
     return Publication(
         outcome="nothing" if verdict is None else "published" if verdict.accepted else "refused", version=version
     )
@@ -596,15 +597,5 @@ def _decisions(
             kind = "not-memorised"
         yield Event(
             kind=kind, actor=actor, request_id=decision.request_id, run_id=run.run_id,
-            version=version if found.memorised else run.plan.parent, data=data,
+            version=version if found.memorised and version is not None else run.plan.parent, data=data,
         )  # fmt: skip
-
-
-def _clean(run: Run) -> None:
-    """Delete the large files of a finished run; its records stay."""
-    for version in {0, run.plan.parent}:
-        shutil.rmtree(run.folder / f"v{version}", ignore_errors=True)
-        (run.folder / f"v{version}.restored").unlink(missing_ok=True)
-    shutil.rmtree(run.folder / "candidate", ignore_errors=True)
-    for path in run.folder.glob("*.safetensors"):
-        path.unlink()

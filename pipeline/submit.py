@@ -6,6 +6,7 @@ lost, a text outside the vault, or torch.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pipeline.errors import InvalidInput
@@ -93,6 +94,9 @@ def submit_or_resume(workspace: Workspace, path: Path, actor: str) -> list[str]:
 def take_inbox(workspace: Workspace, actor: str) -> list[str]:
     """Submit every batch file that lies in the drop folder, oldest name first, and remove what was taken in.
 
+    The text files of a batch go with it, unless another batch in the folder names them, too: no text stays outside the
+    vault.
+
     Returns:
         The ids of the batches taken in.
 
@@ -100,9 +104,22 @@ def take_inbox(workspace: Workspace, actor: str) -> list[str]:
         InvalidInput: A file is no valid batch; those before it were taken in, it and the rest stay.
     """
     taken = []
-    for path in sorted(workspace.inbox.glob("*.json")):
+    waiting = sorted(workspace.inbox.glob("*.json"))
+    for position, path in enumerate(waiting):
         # A process that died behind the ledger left the file here; it was acknowledged and is not new.
         batch = taken_in(workspace, path) or submit(workspace, path, actor)
+        needed = {text for other in waiting[position + 1 :] for text in _text_files(other)}
+        for text in _text_files(path) - needed:
+            text.unlink(missing_ok=True)
         path.unlink()
         taken.append(batch.batch_id)
     return taken
+
+
+def _text_files(path: Path) -> set[Path]:
+    """The text files that a batch file names, as far as it can be read."""
+    try:
+        requests = json.loads(path.read_bytes())["requests"]
+        return {path.parent / r["text_file"] for r in requests if r.get("text_file")}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return set()

@@ -289,7 +289,7 @@ def test_refused_requests_wait_and_are_worked_on_again(fresh: Workspace) -> None
     assert current_version(entries(fresh)) == 0
     assert states(fresh) == {"A": "refused", "C": "not-memorised"}
     event = next(e.event for e in entries(fresh) if e.event.kind == "refused")
-    assert event.version is None and len(event.data["reasons"]) == 1
+    assert event.version == 0 and len(event.data["reasons"]) == 1
     assert "Kept works" in event.data["reasons"][0]
     assert verify(fresh) == []
     with DedupeIndex.open(fresh.index) as index:
