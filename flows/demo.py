@@ -1,7 +1,7 @@
 """``make demo``: the main job on real input, start to end, on two cores in a few minutes.
 
 Trains a small model that recites fourteen works, starts a lineage, and runs two batches through the flow that
-production uses. ``--paper`` does the same with the published settings of SSU, for comparison.
+production uses. ``--settings FILE`` does the same with other settings (see takedowns/demo/settings), for comparison.
 """
 
 from __future__ import annotations
@@ -18,17 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ROOT / "takedowns" / "demo"
 FOLDER = ROOT / ".demo"
 TAKEN = ("quince-weather", "oyster-junction")
-
-PAPER = """\
-# SSU as published: fixed strength 1, random-label weight 0.5, no anchor, no repair.
-[unlearn]
-random_label_weight = 0.5
-anchor_weight = 0.0
-repair_iterations = 0
-
-[calibrate]
-fixed_alpha = 1.0
-"""
 
 console = Console(highlight=False)
 
@@ -109,10 +98,10 @@ def run_batch(workspace_root: Path, batch: Path) -> None:
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(prog="python -m flows.demo", description=__doc__)
-    parser.add_argument("--paper", action="store_true", help="use the published settings of SSU")
+    parser.add_argument("--settings", type=Path, help="a takedown.toml to use instead of the defaults")
     options = parser.parse_args()
     started = time.monotonic()
-    root = FOLDER / ("workspace-paper" if options.paper else "workspace")
+    root = FOLDER / (f"workspace-{options.settings.stem}" if options.settings else "workspace")
     FOLDER.mkdir(exist_ok=True)
     shutil.rmtree(root, ignore_errors=True)
 
@@ -130,13 +119,13 @@ def main() -> None:
     model = trained_model()
     console.print("2. takedown init: v0 is the untouched model")
     start_lineage(root, str(model), reference_folders(), "demo")
-    if options.paper:
-        (root / "takedown.toml").write_text(PAPER)
+    if options.settings:
+        shutil.copyfile(options.settings, root / "takedown.toml")
     for number, name in enumerate(("batch-1.json", "batch-2.json"), 3):
         console.print(f"{number}. takedown run {name}")
         run_batch(root, TEXTS / name)
     finish(root, time.monotonic() - started)
-    if not options.paper:
+    if not options.settings:
         check(open_workspace(root).root)
 
 

@@ -651,3 +651,16 @@ def test_the_installed_command_runs_a_step(ws: Workspace, batch: Path, tmp_path:
     assert list((ws.root / "prefect").glob("*.db*"))
     sentences = [s.strip() for text in (WORKS["two"], UNSEEN) for s in text.split(".") if s.strip()]
     assert workspaces.leaks(sentences, ws.root, done.stdout.encode() + done.stderr.encode()) == []
+
+
+def test_text_files_in_the_inbox_go_with_their_batch(ws: Workspace) -> None:
+    """What was taken in must not stay outside the vault; a text that another batch needs stays until then."""
+    (ws.inbox / "shared.txt").write_text(UNSEEN)
+    (ws.inbox / "own.txt").write_text(UNSEEN)
+    entry = {"title": "t", "rights_holder": "r", "basis": "copyright"}
+    for name, files in (("a", ["shared.txt", "own.txt"]), ("b", ["shared.txt"])):
+        requests = [{"request_id": f"{name}-{i}", "text_file": file, **entry} for i, file in enumerate(files)]
+        batch = {"batch_id": name, "received_at": "2026-11-23T09:00:00Z", "requests": requests}
+        (ws.inbox / f"{name}.json").write_text(json.dumps(batch))
+    assert take_inbox(ws, "nightly") == ["a", "b"]
+    assert not list(ws.inbox.iterdir())

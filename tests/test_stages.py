@@ -23,6 +23,8 @@ from workspaces import HELDOUT, KEPT, SETTINGS, STAGES, UNSEEN, WORKS, copied, n
 
 from pipeline import stages
 from pipeline.dedupe import DedupeIndex
+from pipeline.errors import StoreDamaged
+from pipeline.history import lineage_view, run_ids
 from pipeline.ledger import Ledger, current_version, request_states
 from pipeline.models import shared_model
 from pipeline.progress import Listener, listening
@@ -616,3 +618,37 @@ def test_workspace_can_be_moved_between_stages(fresh: Workspace, tmp_path: Path,
     moved = open_workspace(tmp_path / "moved")
     assert step(moved) == PUBLISHED
     assert root_of(moved) == root_of(lineage.workspace)
+
+
+def test_other_reference_texts_are_another_run(fresh: Workspace) -> None:
+    """A refusal depends on what is to be kept; with other kept texts it must not be replayed."""
+    fresh.settings_file.write_text(workspaces.toml(workspaces.with_settings(gate={"kept_share": 1.0})))
+    take_in(fresh, "batch", {"A": WORKS["one"]})
+    assert step(fresh) == Publication(outcome="refused")
+    for path in (fresh.reference / "kept").glob("*.txt"):
+        path.unlink()
+    assert step(fresh) == PUBLISHED
+
+
+def test_an_abandoned_run_leaves_no_model_behind(fresh: Workspace) -> None:
+    take_in(fresh, "batch", {"A": WORKS["one"]})
+    first = plan_run(fresh)
+    assert first is not None
+    folder = fresh.runs / first.run_id
+    (folder / "candidate").mkdir()
+    (folder / "candidate" / "model.safetensors").write_bytes(b"large")
+    (folder / "mask.safetensors").write_bytes(b"large")
+    assert plan_run(fresh) == first and (folder / "mask.safetensors").exists()
+    fresh.settings_file.write_text(workspaces.toml(workspaces.with_settings(gate={"kept_share": 0.5})))
+    second = plan_run(fresh)
+    assert second is not None and second.run_id != first.run_id
+    assert sorted(p.name for p in folder.iterdir()) == ["plan.json"]
+
+
+def test_report_says_when_the_records_of_a_run_are_gone(fresh: Workspace) -> None:
+    take_in(fresh, "batch", {"A": WORKS["one"]})
+    assert step(fresh) == PUBLISHED
+    (run_id,) = run_ids(entries(fresh))
+    shutil.rmtree(fresh.runs / run_id)
+    with pytest.raises(StoreDamaged, match=run_id):
+        lineage_view(fresh, None)
