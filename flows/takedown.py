@@ -1,6 +1,6 @@
 """The takedown flow: one step from waiting requests to a published version. Read it top to bottom.
 
-Each task is one call into `pipeline.stages`; between tasks travel a folder and a run id, never texts or tensors, so
+Each task is one call into `pipeline`; between tasks travel a folder and a run id, never texts or tensors, so
 that nothing confidential reaches Prefect's database. Every stage is kept in the run's folder, hence no Prefect cache.
 """
 
@@ -13,7 +13,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from pipeline import stages
+from pipeline import answers, context, stages
 from pipeline.records import Evaluation, Publication
 from pipeline.runs import open_run, plan_run
 from pipeline.workspace import open_workspace, writing
@@ -31,7 +31,7 @@ def plan(workspace: str, requests: list[str] | None) -> str | None:
 @task(**OPTIONS)
 def reference(workspace: str, run_id: str) -> str:
     """Measure v0 on the reference texts, once for the lineage."""
-    return f"never-seen level {stages.reference(workspace, run_id).level.mean:.3f}"
+    return f"never-seen level {context.reference(workspace, run_id).level.mean:.3f}"
 
 
 @task(**OPTIONS)
@@ -85,7 +85,7 @@ def gate(workspace: str, run_id: str) -> bool:
 @task(**OPTIONS)
 def publish(workspace: str, run_id: str, actor: str) -> Publication:
     """Publish and record. An ordinary task, because Prefect swallows exceptions in commit hooks."""
-    return stages.publish(workspace, run_id, actor)
+    return answers.publish(workspace, run_id, actor)
 
 
 @task(**OPTIONS)

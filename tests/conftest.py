@@ -25,7 +25,7 @@ ARCHITECTURES = ("llama", "llama-tied", "gpt2", "gpt-neox", "opt", "qwen2", "mis
 WIDTH, LAYERS, VOCABULARY, POSITIONS = 32, 2, 300, 256
 
 # The first example of a test also pays for imports and fixtures, and the machine may be shared.
-settings.register_profile("takedown", deadline=None)
+settings.register_profile("takedown", deadline=None, derandomize=True)  # the same examples in every run
 settings.load_profile("takedown")
 
 WORDS = "the a old grey sea captain's boat under seven lanterns naïve über café carried quietly home again and"

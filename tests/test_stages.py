@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspaces import HELDOUT, KEPT, SETTINGS, STAGES, UNSEEN, WORKS, copied, near_copy, new_workspace, step, take_in
 
-from pipeline import stages
+from pipeline import context
 from pipeline.dedupe import DedupeIndex
 from pipeline.errors import StoreDamaged
 from pipeline.history import lineage_view, run_ids
 from pipeline.ledger import Ledger, current_version, request_states
 from pipeline.models import shared_model
 from pipeline.progress import Listener, listening
-from pipeline.records import Evaluation, LedgerEntry, MaskReport, Publication, ScreenReport, Step
+from pipeline.records import DedupeReport, Evaluation, LedgerEntry, MaskReport, Publication, ScreenReport, Step
 from pipeline.runs import Run, open_run, plan_run
 from pipeline.sparse import load_mask
 from pipeline.verify import verify
@@ -452,7 +452,7 @@ def test_retain_text_that_resembles_a_takedown_is_not_held_on_to(tmp_path: Path,
     runs: list[Run] = []
     outcome = step(workspace, before_publish=lambda run_id: runs.append(open_run(workspace.root, run_id)))
     assert outcome == PUBLISHED
-    excluded = {e.document for e in runs[0].finished("dedupe", stages.DedupeReport).retain_excluded}
+    excluded = {e.document for e in runs[0].finished("dedupe", DedupeReport).retain_excluded}
     assert excluded == {"retain/copy.txt", "kept/copy.txt"}
     assert {c.name for c in runs[0].finished("evaluate", Evaluation).of("kept")} == {f"kept/{n}.txt" for n in KEPT}
 
@@ -475,8 +475,8 @@ def test_every_stage_is_computed_once_however_often_the_run_is_stopped(
 
     monkeypatch.setattr(Run, "stage", noting)
     levels: list[object] = []
-    measure = stages.never_seen_level
-    monkeypatch.setattr(stages, "never_seen_level", lambda *args: levels.append(args) or measure(*args))
+    measure = context.never_seen_level
+    monkeypatch.setattr(context, "never_seen_level", lambda *args: levels.append(args) or measure(*args))
     take_in(fresh, "batch", BATCH_1)
     runs = set()
     for name in STAGES:

@@ -1,0 +1,160 @@
+"""What the stages of a run share: models and texts brought back from disk, and what v0 says of the reference texts.
+
+In: an opened run. Out: tensors and passages, in memory only. Never: a text written anywhere.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from pipeline.anchor import build_anchor, retain_passages, save_anchor
+from pipeline.evaluate import never_seen_level, score_texts, spread
+from pipeline.files import digest_json, read_json, write_json
+from pipeline.metrics import PassageScore, exact_memorisation, score_passages
+from pipeline.models import (
+    check_tokenizer,
+    load_tokenizer,
+    shared_model,
+)
+from pipeline.passages import Passage, cut, encode, pad_id, passages_of
+from pipeline.records import (
+    DedupeReport,
+    PassageSpan,
+    Reference,
+    ScreenReport,
+)
+from pipeline.runs import Run, open_run
+from pipeline.settings import Settings
+from pipeline.vault import Vault
+from pipeline.versions import VersionStore
+from pipeline.workspace import Workspace
+
+
+def read_texts(workspace: Workspace, kind: str) -> dict[str, str]:
+    """The reference texts of one kind, by file name."""
+    return {p.name: p.read_text(encoding="utf-8") for p in sorted((workspace.reference / kind).glob("*.txt"))}
+
+
+def model_folder(run: Run, version: int) -> Path:
+    """A version as a model folder, restored from the store with every byte hashed again, once per run."""
+    folder = run.folder / f"v{version}"
+    if not (run.folder / f"v{version}.restored").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        VersionStore(run.workspace.versions).restore(version, folder, link=True)
+        (run.folder / f"v{version}.restored").touch()
+    return folder
+
+
+def parent_model(run: Run) -> tuple[nn.Module, object, Path]:
+    """The parent, its tokenizer and its folder."""
+    folder = model_folder(run, run.plan.parent)
+    return shared_model(folder, run.settings.runtime.device), load_tokenizer(folder), folder
+
+
+def scores_of(
+    model: nn.Module, passages: Sequence[Passage], tokenizer: object, settings: Settings
+) -> list[PassageScore]:
+    """Teacher-forced scores, in the order given."""
+    return score_passages(model, passages, pad_id(tokenizer), settings.runtime.batch_tokens)
+
+
+def passages_at(
+    tokenizer: object, vault: Vault, spans: Mapping[str, Sequence[PassageSpan]]
+) -> dict[str, list[Passage]]:
+    """Cut the texts in the vault at spans found earlier."""
+    return {name: cut(encode(tokenizer, name, vault.get(name).text), found) for name, found in spans.items()}
+
+
+def earlier_spans(run: Run) -> dict[str, list[PassageSpan]]:
+    """The passages that earlier versions of this lineage were made to forget, by request."""
+    store, spans = VersionStore(run.workspace.versions), {}
+    for version in range(1, run.plan.parent + 1):
+        for name, rows in dict(store.manifest(version).report.get("memorised", {})).items():  # type: ignore[call-overload]
+            spans[name] = [PassageSpan(request_id=name, prompt_start=a, start=b, end=c) for a, b, c in rows]
+    return {name: found for name, found in spans.items() if name not in run.plan.requests}
+
+
+def largest_em(passages: Mapping[str, Sequence[Passage]]) -> Callable[[Sequence[PassageScore]], float]:
+    """A function from scores, in the order of the flattened passages, to the largest EM of a request."""
+    sizes = [len(p) for p in passages.values()]
+
+    def largest(scores: Sequence[PassageScore]) -> float:
+        found, start = 0.0, 0
+        for size in sizes:
+            found, start = max(found, exact_memorisation(scores[start : start + size])), start + size
+        return found
+
+    return largest
+
+
+def flatten(passages: Mapping[str, Sequence[Passage]]) -> list[Passage]:
+    """All passages, text by text."""
+    return [p for found in passages.values() for p in found]
+
+
+def reference(workspace_root: str, run_id: str) -> Reference:
+    """Measure v0 on the reference texts, once for the lineage."""
+    run = open_run(workspace_root, run_id)
+    workspace, settings = run.workspace, run.settings
+    texts = {kind: read_texts(workspace, kind) for kind in ("retain", "kept", "heldout")}
+    parts = (settings.passages, settings.screen, settings.evaluate, settings.unlearn.anchor_top_k,
+             settings.unlearn.anchor_pool)  # fmt: skip
+    key = digest_json([
+        VersionStore(workspace.versions).manifest(0).root, texts,
+        [p if isinstance(p, int) else p.model_dump() for p in parts],
+    ]).removeprefix("sha256:")[:16]  # fmt: skip
+    folder = workspace.reference / "measured" / key
+    if (folder / "reference.json").is_file():
+        return Reference.model_validate(read_json(folder / "reference.json"))
+    folder.mkdir(parents=True, exist_ok=True)
+    source = model_folder(run, 0)
+    model, tokenizer = shared_model(source, settings.runtime.device), load_tokenizer(source)
+    check_tokenizer(model, tokenizer)
+    held = reference_passages(tokenizer, texts["heldout"], "heldout", settings)
+    kept = reference_passages(tokenizer, texts["kept"], "kept", settings)
+    anchors = retain_passages(tokenizer, texts["retain"], settings.passages, settings.unlearn.anchor_pool)
+    retain = reference_passages(tokenizer, texts["retain"], "retain", settings) if not held else {}
+    level = never_seen_level(
+        scores_of(model, flatten(held), tokenizer, settings), scores_of(model, flatten(retain), tokenizer, settings),
+        settings.screen,
+    )  # fmt: skip
+    tokens = settings.runtime.batch_tokens
+    scores = score_texts(model, tokenizer, {**kept, **held}, 0, tokens)
+    anchor = None
+    if anchors:
+        built = build_anchor(model, anchors, settings.unlearn.anchor_top_k, pad_id(tokenizer), tokens)
+        anchor = save_anchor(folder / "anchor.safetensors", built)
+    found = Reference(folder=str(folder.relative_to(workspace.root)), level=level, scores=scores, anchor=anchor)
+    write_json(folder / "reference.json", found.model_dump(mode="json"))
+    return found
+
+
+def reference_passages(
+    tokenizer: object, texts: Mapping[str, str], kind: str, settings: Settings
+) -> dict[str, list[Passage]]:
+    """Passages of reference texts under ``kind/NAME``, evenly thinned to the number that settings allow."""
+    most = settings.evaluate.reference_passages
+    each = max(1, most // max(1, len(texts)))
+    found = {
+        f"{kind}/{name}": spread(passages_of(encode(tokenizer, f"{kind}/{name}", text), settings.passages), each)
+        for name, text in texts.items()
+    }
+    return {name: passages for name, passages in list(found.items())[:most] if passages}
+
+
+def forget_spans(run: Run) -> dict[str, list[PassageSpan]]:
+    """What this step unlearns and is held to: request → memorised passages, folded requests included."""
+    screened = run.finished("screen", ScreenReport)
+    return {r.request_id: list(r.memorised) for r in screened.requests if r.memorised}
+
+
+def trained_spans(run: Run) -> dict[str, list[PassageSpan]]:
+    """The spans to train on: a folded request is worked on through the one it was folded into, if that one is."""
+    spans = forget_spans(run)
+    decisions = run.finished("dedupe", DedupeReport).decisions
+    into = {d.request_id: d.evidence[0].request_id for d in decisions if d.verdict == "folded"}
+    return {name: found for name, found in spans.items() if into.get(name) not in spans}
