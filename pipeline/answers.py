@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pipeline.context import (
     forget_spans,
 )
-from pipeline.dedupe import DedupeIndex
 from pipeline.errors import StoreDamaged
 from pipeline.files import digest_json
+from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
 from pipeline.models import (
     software,

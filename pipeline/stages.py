@@ -24,10 +24,11 @@ from pipeline.context import (
     scores_of,
     trained_spans,
 )
-from pipeline.dedupe import DedupeIndex, dedupe, exclude_retain
+from pipeline.dedupe import dedupe, exclude_retain
 from pipeline.errors import StoreDamaged
 from pipeline.evaluate import score_texts
 from pipeline.gate import decide
+from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger, request_states
 from pipeline.merge import merge
 from pipeline.metrics import exact_memorisation

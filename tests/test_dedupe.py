@@ -19,21 +19,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pipeline.dedupe import (
-    DedupeIndex,
-    DedupeParameters,
-    WindowTable,
-    compare,
-    dedupe,
-    exclude_retain,
-    fingerprint,
-    shingle,
-    sign,
-)
+from pipeline.dedupe import compare, dedupe, exclude_retain
 from pipeline.errors import NoSpace, StoreDamaged, UsageError, WorkspaceBusy
+from pipeline.index import DedupeIndex
 from pipeline.normalise import words
 from pipeline.records import DedupeDecision, TakedownRequest
 from pipeline.settings import DedupeSettings
+from pipeline.shingles import DedupeParameters, WindowTable, fingerprint, shingle, sign
 
 PARAMETERS = DedupeParameters()
 SETTINGS = DedupeSettings()

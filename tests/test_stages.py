@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspaces import HELDOUT, KEPT, SETTINGS, STAGES, UNSEEN, WORKS, copied, near_copy, new_workspace, step, take_in
 
 from pipeline import context
-from pipeline.dedupe import DedupeIndex
 from pipeline.errors import StoreDamaged
 from pipeline.history import lineage_view, run_ids
+from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger, current_version, request_states
 from pipeline.models import shared_model
 from pipeline.progress import Listener, listening
