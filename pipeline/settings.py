@@ -107,7 +107,7 @@ class UnlearnSettings(Section):
 class CalibrateSettings(Section):
     """Search for the strength α."""
 
-    margin: float = Field(0.02, ge=0)
+    margin: float = Field(0.04, ge=0)
     """Target = never-seen level + margin, for every request; below the gate's limit so that rounding cannot refuse."""
     fixed_alpha: float | None = Field(None, gt=0)
     """Use this strength instead of searching, as the SSU paper does with 1; the gate still decides."""
