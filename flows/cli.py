@@ -24,14 +24,14 @@ from rich.text import Text
 
 import pipeline
 from pipeline.display import cell, plain
-from pipeline.errors import TakedownError, UsageError
-from pipeline.history import acknowledged_versions, lineage_view, read_entries, run_ids, step_view, version_views
+from pipeline.errors import InvalidInput, TakedownError, UsageError
+from pipeline.history import acknowledged_versions, lineage_view, read_entries, step_view, version_views
 from pipeline.ledger import current_version, request_states
 from pipeline.records import Comparison, Evaluation, Record
 from pipeline.report import render
 from pipeline.verify import verify as find_breaks
 from pipeline.versions import VersionStore
-from pipeline.workspace import Workspace, open_workspace
+from pipeline.workspace import Workspace, open_workspace, writing
 
 app = typer.Typer(
     name="takedown", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
@@ -167,29 +167,51 @@ def run(
     """
     workspace = opened(context)
     workspace.settings()  # a mistake in takedown.toml is told before anything is taken in
+    with writing(workspace):
+        pass  # so is another writer, before Prefect takes its time to start
+    from pipeline.submit import submit_or_resume, take_inbox
+
+    requests, bad_files = None, False
+    if batch is not None:
+        requests = submit_or_resume(workspace, batch, actor)
+    else:
+        try:
+            take_inbox(workspace, actor)
+        except InvalidInput as error:
+            err.print(Text(f"takedown: {plain_lines(str(error))}"), soft_wrap=True)
+            bad_files = True
+    states = request_states(read_entries(workspace)).values()
+    if requests == [] or not any(s.state in ("waiting", "refused") for s in states):
+        idle = "Nothing waits." if batch is None else "Every request of this batch is answered; see takedown status."
+        show_json({"outcome": "idle"}) if as_json else say(idle)
+    else:
+        run_step(workspace, requests, actor, as_json)
+    if bad_files:
+        raise typer.Exit(2)
+
+
+def run_step(workspace: Workspace, requests: list[str] | None, actor: str, as_json: bool) -> None:
+    """Run the flow and show what came of it.
+
+    Raises:
+        typer.Exit: With 1, when the gate refused.
+    """
     from flows.environment import prepare
 
     prepare(workspace.root)
     quiet_libraries()
     from flows.progress import bars
-    from pipeline.submit import submit_or_resume, take_inbox
 
-    requests = None
-    if batch is not None:
-        requests = submit_or_resume(workspace, batch, actor)
-    else:
-        take_inbox(workspace, actor)
     with bars(err, "starting Prefect"):
         from flows.takedown import takedown
 
         publication = takedown(str(workspace.root), requests, actor)
-    if publication is None:
+    if publication is None:  # another process answered them in the meantime
         show_json({"outcome": "idle"}) if as_json else say("Nothing waits.")
         return
-    run_id = run_ids(read_entries(workspace))[-1]
-    view = step_view(workspace, run_id, read_entries(workspace))
+    view = step_view(workspace, publication.run_id, read_entries(workspace))
     if as_json:
-        show_json({"run": run_id, **publication.model_dump(), "step": view})
+        show_json({"run": publication.run_id, **publication.model_dump(), "step": view})
     else:
         show_step(workspace, view)
     if publication.outcome == "refused":
@@ -223,6 +245,8 @@ def show_step(workspace: Workspace, view: Any) -> None:
         out.print(score_table(view.evaluation, {name: s.state for name, s in states.items()}))
     for reason in view.verdict.reasons if view.verdict else ():
         say(f"Refused: {reason}")
+    for sentence in view.verdict.unchecked if view.verdict else ():
+        say(f"Not checked: {sentence}")
     if view.version is not None:
         manifest = VersionStore(workspace.versions).manifest(view.version)
         say(f"Published v{view.version}  {manifest.root}")
@@ -285,8 +309,16 @@ def status(context: typer.Context, as_json: Json = False) -> None:
         show_json({"current": current_version(entries), "requests": list(states.values())})
         return
     say(f"Current version: v{current_version(entries)}")
-    rows = [(s.request_id, s.state, s.batch_id, s.received_at.strftime(TIME),
-             f"v{s.version}" if s.state in ("applied", "folded") else "") for s in states.values()]  # fmt: skip
+    rows = [
+        (
+            s.request_id,
+            s.state,
+            s.batch_id,
+            s.received_at.strftime(TIME),
+            f"v{s.version}" if s.state in ("applied", "folded", "repeat") else "",
+        )
+        for s in states.values()
+    ]
     out.print(table("Requests", ("request", "state", "batch", "received", "excluded since"), rows))
     waiting = sum(s.state in ("waiting", "refused") for s in states.values())
     say(f"{waiting} waiting." if waiting else "Nothing waits.")
@@ -313,7 +345,7 @@ def version_number(workspace: Workspace, name: str) -> int:
     digits = name.removeprefix("v")
     numbers = [m.version for m in acknowledged_versions(workspace, read_entries(workspace))]
     if not digits.isdecimal() or int(digits) not in numbers:
-        raise UsageError(f"{plain(name)}: no such version; there are v{numbers[0]} to v{numbers[-1]}.")
+        raise UsageError(f"{plain(name)}: no such request or version; there are v{numbers[0]} to v{numbers[-1]}.")
     return int(digits)
 
 
@@ -362,6 +394,8 @@ def checkout(context: typer.Context, version: str, folder: Path) -> None:
     """
     workspace = opened(context)
     number = version_number(workspace, version)
+    if folder.resolve().is_relative_to(workspace.root):
+        raise UsageError(f"{plain(str(folder))}: lies inside the workspace. Choose a folder outside of it.")
     manifest = VersionStore(workspace.versions).restore(number, folder)
     say(f"Wrote v{number} to {folder}\n{manifest.root}")
 
@@ -438,6 +472,11 @@ def main() -> None:
     except TakedownError as error:
         err.print(Text(f"takedown: {plain_lines(str(error))}"), soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        err.print(Text(f"takedown: {plain_lines(place + (error.strerror or str(error)))}. Check the path and its "
+                       "permissions; nothing was published."), soft_wrap=True)  # fmt: skip
+        sys.exit(2)
 
 
 def plain_lines(message: str) -> str:

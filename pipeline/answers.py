@@ -45,7 +45,7 @@ def publish(workspace_root: str, run_id: str, actor: str) -> Publication:
     version, data = None, dict[str, object]()
     if verdict is not None and verdict.accepted:
         version = _next_version(run)
-        data = _publish_version(run, version, spans)
+        data = {**_publish_version(run, version, spans), "unchecked": list(verdict.unchecked)}
     events = list(_decisions(run, actor, deduped, screened, verdict, version))
     if version is not None:
         events.append(Event(kind="published", actor=actor, version=version, run_id=run_id, data=data))
@@ -61,7 +61,9 @@ def publish(workspace_root: str, run_id: str, actor: str) -> Publication:
                 index.add(name, vault.get(name).text)
     clean(run.folder)
     return Publication(
-        outcome="nothing" if verdict is None else "published" if verdict.accepted else "refused", version=version
+        outcome="nothing" if verdict is None else "published" if verdict.accepted else "refused",
+        run_id=run_id,
+        version=version,
     )
 
 

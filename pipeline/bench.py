@@ -119,7 +119,7 @@ class Bench:
         with self.salient:
             found = find_strength(
                 lambda alpha: self.measure(alpha, vector, final), self.target, max_alpha, limits.bisections,
-                max_rise, fixed=limits.fixed_alpha,
+                max_rise, fixed=limits.fixed_alpha if name == "vector" else None,
             )  # fmt: skip
         return Step(
             vector=VectorReport(vector=ref, norm=norm(vector), losses=tuple(trace.losses), tokens=trace.tokens),

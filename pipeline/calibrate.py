@@ -1,7 +1,8 @@
 """Calibration: the smallest strength that forgets, found with forward passes alone.
 
 In: a function α → (forget, earlier, utility). Out: α with the whole curve. A task vector is linear in α, so the
-strength can be bisected (METHODS section 3); the target is the level of never-seen text, never below it.
+strength can be bisected (METHODS section 3). The target is the level of never-seen text, for the request that is
+hardest to forget; easier ones may fall below it.
 """
 
 from __future__ import annotations

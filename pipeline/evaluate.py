@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from pipeline.errors import NumericalFailure
 from pipeline.metrics import (
     PassageScore,
     exact_memorisation,
@@ -85,23 +86,43 @@ def spread(passages: Sequence[Passage], count: int) -> list[Passage]:
     return [passages[i * len(passages) // count] for i in range(count)]
 
 
+PLAUSIBLE = 0.6
+"""No text that was never seen is predicted better than this by teacher forcing; large models reach about 0.45."""
+OUTLIER = 6.0
+"""Spreads above the median from which a held-out passage counts as seen."""
+
+
+def _lower_half(values: Sequence[float]) -> tuple[float, float]:
+    """Median, and root mean square deviation of the values below it: neither is moved by recited passages above."""
+    centre = statistics.median(values)
+    lower = [v for v in values if v <= centre]
+    return centre, (sum((v - centre) ** 2 for v in lower) / len(lower)) ** 0.5
+
+
 def never_seen_level(
     held_out: Sequence[PassageScore], retain: Sequence[PassageScore], settings: ScreenSettings
 ) -> NeverSeenLevel:
     """The level to forget to, from held-out text; else from retain text; else as assumed in the settings.
 
-    Retain text may have been trained on, so its level errs upwards: less is screened, less is forgotten.
-    Outliers there (memorised passages) are kept out by taking the lower half's spread around the median.
+    Passages far above the rest are recited, so they were seen, and do not count. Retain text may have been trained on,
+    so its level errs upwards: where even its median is recited, it says nothing and the assumed level is used.
+
+    Raises:
+        NumericalFailure: The held-out text is recited. A level taken from it would call every work not memorised.
     """
     if len(held_out) >= 2:
         values = [s.hits / s.tokens for s in held_out if s.tokens]
-        return NeverSeenLevel(
-            mean=statistics.fmean(values), std=statistics.pstdev(values), passages=len(values), source="held-out"
-        )
-    if len(retain) >= 2:
+        centre, spread_ = _lower_half(values)
+        unseen = [v for v in values if v <= centre + OUTLIER * max(spread_, 0.02)]
+        mean, std = statistics.fmean(unseen), statistics.pstdev(unseen)
+        if mean > PLAUSIBLE:
+            raise NumericalFailure(
+                f"The model predicts {mean:.0%} of the held-out text: it was seen in training, and no work could be "
+                "told from it. Put text that the model never saw into reference/heldout."
+            )
+        return NeverSeenLevel(mean=mean, std=std, passages=len(unseen), source="held-out")
+    if len(retain) >= 2 and _lower_half([s.hits / s.tokens for s in retain if s.tokens])[0] <= PLAUSIBLE:
         values = sorted(s.hits / s.tokens for s in retain if s.tokens)
-        centre = statistics.median(values)
-        lower = [v for v in values if v <= centre]
-        std = (sum((v - centre) ** 2 for v in lower) / len(lower)) ** 0.5
+        centre, std = _lower_half(values)
         return NeverSeenLevel(mean=centre, std=std, passages=len(values), source="retain")
     return NeverSeenLevel(mean=settings.assumed_mean, std=settings.assumed_std, passages=0, source="assumed")

@@ -51,4 +51,9 @@ def decide(evaluation: Evaluation, original: Mapping[str, TextScore], limits: Ga
             )
     if not evaluation.of("this", "repeat", "folded"):
         reasons.append("Nothing was unlearned: no request of this step is in the evaluation.")
-    return Verdict(accepted=not reasons, reasons=tuple(reasons))
+    unchecked = []
+    if not kept:
+        unchecked.append("Works to be kept: none were given at init (--kept), so their loss was not measured.")
+    if not held:
+        unchecked.append("Held-out text: none was given at init (--heldout), so damage to other text was not measured.")
+    return Verdict(accepted=not reasons, reasons=tuple(reasons), unchecked=tuple(unchecked))

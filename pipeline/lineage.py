@@ -62,7 +62,7 @@ def start_lineage(
         UnsupportedModel: See `pipeline.models`.
         InvalidInput: A reference folder is absent, empty or holds a file that is not UTF-8 text.
     """
-    root = root.absolute()
+    root = root.resolve()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UsageError(f"{root}: is not empty. Choose a new folder for the workspace.")
     texts = read_references(reference)
@@ -72,12 +72,19 @@ def start_lineage(
     check_tokenizer(loaded, load_tokenizer(source))
     target_weights(loaded)
     del loaded
+    there = root.exists()
     root.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    staging = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root if there else root.parent))
     try:
         _fill(Workspace(staging), source, texts, actor)
-        # One rename makes the workspace appear whole; an empty folder of that name is replaced.
-        staging.replace(root)
+        if there:
+            # The folder itself stays, since it may be a mount point or somebody's current one; the marker comes last.
+            for path in sorted(staging.iterdir(), key=lambda p: p.name == Workspace(staging).marker.name):
+                path.rename(root / path.name)
+            staging.rmdir()
+            fsync_folder(root)
+        else:
+            staging.replace(root)  # one rename makes the workspace appear whole
         fsync_folder(root.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

@@ -298,10 +298,17 @@ class Evaluation(Record):
 
 
 class Verdict(Record):
-    """The gate's decision with every reason; an accepted candidate has none."""
+    """The gate's decision with every reason; an accepted candidate has none.
+
+    Attributes:
+        accepted: Whether the candidate may become current.
+        reasons: Every limit that is broken.
+        unchecked: What could not be checked, because the workspace has no text to measure it on.
+    """
 
     accepted: bool
     reasons: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
 
 
 class Reference(Record):
@@ -338,9 +345,11 @@ class Publication(Record):
     Attributes:
         outcome: ``published``, ``refused``, or ``nothing`` when no request needed a new version.
         version: The version published.
+        run_id: The run.
     """
 
     outcome: str
+    run_id: str = ""
     version: int | None = None
 
 

@@ -146,9 +146,13 @@ def plan_run(workspace: Workspace, requests: Sequence[str] | None = None) -> Pla
         code=pipeline.__version__,
     )
     folder = workspace.runs / plan.run_id
+    decided = {e.event.run_id for e in entries}
     for other in workspace.runs.iterdir():
-        if other != folder:
-            clean(other)  # a run that was abandoned, because settings or requests changed, is not continued
+        if other != folder and other.name in decided:
+            clean(other)
+        elif other != folder:
+            # Abandoned, because settings or requests changed. Whole, so that it can be computed again from the start.
+            shutil.rmtree(other)
     folder.mkdir(exist_ok=True)
     write_json(folder / "plan.json", plan.model_dump(mode="json"))
     return plan

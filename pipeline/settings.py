@@ -82,7 +82,7 @@ class UnlearnSettings(Section):
     learning_rate: float = Field(1e-4, gt=0)
     """Adam step size of the fit."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay of the fitted weights towards zero, inside the mask only."""
+    """Decoupled decay of the displacement, that is towards the parent, inside the mask only."""
     lora_rank: int = Field(32, gt=0)
     lora_alpha: float = Field(32.0, gt=0)
     lora_learning_rate: float = Field(1e-3, gt=0)
@@ -107,7 +107,7 @@ class UnlearnSettings(Section):
 class CalibrateSettings(Section):
     """Search for the strength α."""
 
-    margin: float = Field(0.04, ge=0)
+    margin: float = Field(0.02, ge=0)
     """Target = never-seen level + margin, for every request; below the gate's limit so that rounding cannot refuse."""
     fixed_alpha: float | None = Field(None, gt=0)
     """Use this strength instead of searching, as the SSU paper does with 1; the gate still decides."""
@@ -144,7 +144,7 @@ class EvaluateSettings(Section):
 class RuntimeSettings(Section):
     """Where and how the numbers are computed."""
 
-    device: str = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     """``auto``: CUDA when present, else the CPU; or a torch device name."""
     batch_tokens: int = Field(4096, gt=0)
     """Most tokens, padding included, in one forward pass."""

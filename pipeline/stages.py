@@ -59,6 +59,9 @@ from pipeline.sparse import load_mask, load_vector, save_mask
 from pipeline.unlearn import fit_full, mismatched, repair
 from pipeline.vault import Vault
 
+CERTAIN = 0.9
+"""A passage predicted better than this is memorised, however widely never-seen passages scatter."""
+
 
 def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
     """Compare the requests with each other, with everything taken down, and with what is to be kept."""
@@ -95,7 +98,7 @@ def screen(workspace_root: str, run_id: str) -> ScreenReport:
     def compute() -> ScreenReport:
         model, tokenizer, _ = parent_model(run)
         vault = Vault(run.workspace.vault)
-        above = level.mean + run.settings.screen.sigma * level.std
+        above = min(level.mean + run.settings.screen.sigma * level.std, CERTAIN)
         texts = {
             name: passages_of(encode(tokenizer, name, vault.get(name).text), run.settings.passages)
             for name in run.plan.requests

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.errors import InvalidInput
+from pipeline.errors import InvalidInput, Problem
 from pipeline.intake import TakedownBatch, read_batch
 from pipeline.ledger import Ledger, known_batches, request_states
 from pipeline.records import Event, TakedownRequest
@@ -101,18 +101,24 @@ def take_inbox(workspace: Workspace, actor: str) -> list[str]:
         The ids of the batches taken in.
 
     Raises:
-        InvalidInput: A file is no valid batch; those before it were taken in, it and the rest stay.
+        InvalidInput: Files are no valid batches; they stay where they are, all others were taken in.
     """
-    taken = []
+    taken, problems = [], list[Problem]()
     waiting = sorted(workspace.inbox.glob("*.json"))
-    for position, path in enumerate(waiting):
+    for path in waiting:
         # A process that died behind the ledger left the file here; it was acknowledged and is not new.
-        batch = taken_in(workspace, path) or submit(workspace, path, actor)
-        needed = {text for other in waiting[position + 1 :] for text in _text_files(other)}
+        try:
+            batch = taken_in(workspace, path) or submit(workspace, path, actor)
+        except InvalidInput as error:
+            problems += error.problems  # one bad file must not hold up the others
+            continue
+        needed = {text for other in waiting if other != path and other.exists() for text in _text_files(other)}
         for text in _text_files(path) - needed:
             text.unlink(missing_ok=True)
         path.unlink()
         taken.append(batch.batch_id)
+    if problems:
+        raise InvalidInput(problems)
     return taken
 
 

@@ -95,7 +95,8 @@ def open_workspace(root: Path) -> Workspace:
             f"{root}: is not a takedown workspace (no workspace.json). "
             "Name one with -w or $TAKEDOWN_WORKSPACE, or make one with `takedown init --model DIR`."
         )
-    found = read_json(workspace.marker).get("format")
+    marker = read_json(workspace.marker)
+    found = marker.get("format") if isinstance(marker, dict) else marker
     if found != FORMAT:
         raise NotAWorkspace(f"{root}: has layout {found!r}, this release reads {FORMAT}. Use the release that made it.")
     return workspace

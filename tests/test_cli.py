@@ -24,6 +24,7 @@ from workspaces import UNSEEN, WORKS, copied, write_batch
 
 from flows import cli
 from pipeline import submit as submit_module
+from pipeline.errors import InvalidInput
 from pipeline.ledger import Ledger, request_states
 from pipeline.submit import submit_or_resume, take_inbox
 from pipeline.versions import VersionStore
@@ -325,7 +326,7 @@ def test_wrong_words(takedown: Takedown, published: Path, tmp_path: Path) -> Non
     for name in ("v7", "v-1", "latest", "v", "²", "TD-9", "v1.0"):
         for verb in (["show", name], ["checkout", name, tmp_path / "out"]):
             answer = takedown("-w", published, *verb)
-            assert answer.code == 2 and "no such version; there are v0 to v1" in answer.err, verb
+            assert answer.code == 2 and "no such request or version; there are v0 to v1" in answer.err, verb
     assert not (tmp_path / "out").exists()
 
 
@@ -664,3 +665,13 @@ def test_text_files_in_the_inbox_go_with_their_batch(ws: Workspace) -> None:
         (ws.inbox / f"{name}.json").write_text(json.dumps(batch))
     assert take_inbox(ws, "nightly") == ["a", "b"]
     assert not list(ws.inbox.iterdir())
+
+
+def test_a_bad_file_in_the_inbox_does_not_hold_up_the_others(ws: Workspace) -> None:
+    (ws.inbox / "0-bad.json").write_text("{")
+    write_batch(ws.inbox, "good", {"G-1": UNSEEN})
+    with pytest.raises(InvalidInput, match="0-bad"):
+        take_inbox(ws, "nightly")
+    assert [p.name for p in ws.inbox.iterdir()] == ["0-bad.json"]
+    with Ledger.open(ws.ledger, read_only=True) as ledger:
+        assert request_states(ledger.entries())["G-1"].state == "waiting"

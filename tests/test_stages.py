@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspaces import HELDOUT, KEPT, SETTINGS, STAGES, UNSEEN, WORKS, copied, near_copy, new_workspace, step, take_in
 
 from pipeline import context
-from pipeline.errors import StoreDamaged
+from pipeline.errors import NumericalFailure, StoreDamaged
 from pipeline.history import lineage_view, run_ids
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger, current_version, request_states
@@ -642,7 +642,9 @@ def test_an_abandoned_run_leaves_no_model_behind(fresh: Workspace) -> None:
     fresh.settings_file.write_text(workspaces.toml(workspaces.with_settings(gate={"kept_share": 0.5})))
     second = plan_run(fresh)
     assert second is not None and second.run_id != first.run_id
-    assert sorted(p.name for p in folder.iterdir()) == ["plan.json"]
+    assert not folder.exists()  # whole, so that going back to these settings starts from the beginning
+    fresh.settings_file.write_text(workspaces.toml(SETTINGS))
+    assert plan_run(fresh) == first and step(fresh) == PUBLISHED
 
 
 def test_report_says_when_the_records_of_a_run_are_gone(fresh: Workspace) -> None:
@@ -652,3 +654,40 @@ def test_report_says_when_the_records_of_a_run_are_gone(fresh: Workspace) -> Non
     shutil.rmtree(fresh.runs / run_id)
     with pytest.raises(StoreDamaged, match=run_id):
         lineage_view(fresh, None)
+
+
+def test_held_out_text_that_is_recited_stops_the_run(fresh: Workspace) -> None:
+    """A level taken from text that was seen would answer every work with "not memorised"."""
+    for path in (fresh.reference / "heldout").glob("*.txt"):
+        path.write_text(WORKS["two"])
+    take_in(fresh, "batch", {"A": WORKS["one"]})
+    with pytest.raises(NumericalFailure, match="seen in training"):
+        step(fresh)
+    assert states(fresh) == {"A": "waiting"}
+
+
+def test_recited_retain_text_sets_no_level(tmp_path: Path, model: Path) -> None:
+    workspace = new_workspace(tmp_path / "ws", model, references=False)
+    for name in ("two", "three"):
+        (workspace.reference / "retain" / f"{name}.txt").write_text(WORKS[name])
+    take_in(workspace, "batch", {"A": WORKS["one"]})
+    assert step(workspace) == PUBLISHED
+    assert VersionStore(workspace.versions).manifest(1).report["level"]["source"] == "assumed"
+
+
+def test_what_could_not_be_checked_is_recorded(tmp_path: Path, model: Path) -> None:
+    workspace = new_workspace(tmp_path / "ws", model, references=False)
+    take_in(workspace, "batch", {"A": WORKS["one"]})
+    assert step(workspace) == PUBLISHED
+    event = entries(workspace)[-1].event
+    assert event.kind == "published"
+    assert [str(text).split(":")[0] for text in event.data["unchecked"]] == ["Works to be kept", "Held-out text"]
+
+
+def test_fixed_strength_is_not_applied_again_after_the_repair(fresh: Workspace) -> None:
+    fresh.settings_file.write_text(workspaces.toml(workspaces.with_settings(calibrate={"fixed_alpha": 2.0})))
+    take_in(fresh, "batch", {"A": WORKS["one"]})
+    runs: list[Run] = []
+    step(fresh, before_publish=lambda run_id: runs.append(open_run(fresh.root, run_id)))
+    fitted, repaired = (runs[0].finished(name, Step) for name in ("unlearn", "repair"))
+    assert fitted.calibration.alpha == 2.0 and 0 < repaired.calibration.alpha <= 1.0

@@ -219,7 +219,8 @@ def step(
             if name == stop_after:
                 return None
         before_publish(plan.run_id)
-        return answers.publish(root, plan.run_id, "tester")
+        # The run's id depends on the vault's key; without it two workspaces can be compared.
+        return answers.publish(root, plan.run_id, "tester").model_copy(update={"run_id": ""})
 
 
 def published(folder: Path) -> Path:
