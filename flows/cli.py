@@ -413,7 +413,7 @@ def verify(context: typer.Context, as_json: Json = False) -> None:
         rows = [(b.where, b.found, b.means) for b in breaks]
         out.print(table(f"{len(breaks)} breaks", ("where", "found", "means"), rows))
     else:
-        say("Everything matches: ledger chain, manifests, every stored byte, vault.")
+        say("Everything matches: ledger chain, manifests, every byte of every version, vault.")
     if breaks:
         raise typer.Exit(1)
 

@@ -25,6 +25,10 @@ from pipeline.workspace import Workspace, open_workspace
 
 R = TypeVar("R", bound=Record)
 
+DAMAGED_RUN = (
+    "If `takedown log` names the run, restore its folder from a backup; else delete the folder, it is computed again."
+)
+
 
 class Plan(Record):
     """What a run will do; its digest is the run's identity.
@@ -96,9 +100,7 @@ class Run:
         path = self.folder / f"{name}.json"
         saved = read_json(path) if path.is_file() else None
         if saved is not None and not isinstance(saved, dict):
-            raise StoreDamaged(
-                f"{path}: is not a stage record. Delete the folder of the run; it will be computed again."
-            )
+            raise StoreDamaged(f"{path}: is not a stage record. {DAMAGED_RUN}")
         return saved
 
 
@@ -107,8 +109,7 @@ def _parse(path: Path, record: type[R], saved: Mapping[str, object]) -> R:
         return record.model_validate_json(canonical_json(saved.get("record")))
     except ValidationError as error:
         raise StoreDamaged(
-            f"{path}: does not hold a {record.__name__} ({error.error_count()} faults). "
-            "Delete the folder of the run; it will be computed again."
+            f"{path}: does not hold a {record.__name__} ({error.error_count()} faults). {DAMAGED_RUN}"
         ) from error
 
 
@@ -190,7 +191,7 @@ def open_run(workspace_root: str | Path, run_id: str) -> Run:
     try:
         plan = Plan.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise StoreDamaged(f"{path}: is not a plan. Delete the folder of the run and run again.") from error
+        raise StoreDamaged(f"{path}: is not a plan. {DAMAGED_RUN}") from error
     if plan.run_id != run_id:
-        raise StoreDamaged(f"{path}: was changed after it was made. Delete the folder of the run and run again.")
+        raise StoreDamaged(f"{path}: was changed after it was made. {DAMAGED_RUN}")
     return Run(workspace, run_id, plan)
