@@ -8,16 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from pipeline.context import (
-    forget_spans,
-)
+from pipeline.context import forget_spans
 from pipeline.errors import StoreDamaged
 from pipeline.files import digest_json
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
-from pipeline.models import (
-    software,
-)
+from pipeline.models import software
 from pipeline.records import (
     DedupeReport,
     Evaluation,

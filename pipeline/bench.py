@@ -13,7 +13,6 @@ from pipeline.context import (
     earlier_spans,
     flatten,
     forget_spans,
-    largest_em,
     parent_model,
     passages_at,
     read_texts,
@@ -23,10 +22,8 @@ from pipeline.context import (
     trained_spans,
 )
 from pipeline.evaluate import spread
-from pipeline.metrics import exact_memorisation, mean_nll
-from pipeline.models import (
-    target_weights,
-)
+from pipeline.metrics import PassageScore, exact_memorisation, mean_nll, score_passages
+from pipeline.models import target_weights
 from pipeline.passages import Passage, pad_id
 from pipeline.progress import Counter
 from pipeline.records import (
@@ -82,20 +79,23 @@ class Bench:
             alpha=alpha,
             forget=self.worst(self.forget),
             earlier=self.worst(self.earlier) if with_earlier and self.earlier else None,
-            utility_nll=mean_nll(scores_of(self.model, utility, self.tokenizer, self.settings)) if utility else None,
+            utility_nll=mean_nll(self.scored(utility)) if utility else None,
         )
+
+    def scored(self, passages: Sequence[Passage]) -> list[PassageScore]:
+        """Scores on the model as it stands."""
+        return score_passages(self.model, passages, self.fit.pad_id, self.fit.max_tokens)
 
     def worst(self, passages: Mapping[str, Sequence[Passage]]) -> float:
         """Largest exact memorisation of a request, on the model as it stands."""
-        return largest_em(passages)(scores_of(self.model, flatten(passages), self.tokenizer, self.settings))
+        scores = scores_of(self.model, self.tokenizer, passages, self.settings)
+        return max(map(exact_memorisation, scores.values()), default=0.0)
 
     def remaining(self) -> list[Passage]:
         """Passages of the requests, of this and of earlier steps, above the target on the model as it stands."""
         texts = {**self.forget, **self.earlier}
-        scores = iter(scores_of(self.model, flatten(texts), self.tokenizer, self.settings))
-        taken = {name: [next(scores) for _ in passages] for name, passages in texts.items()}
-        return [p for name, passages in texts.items() for p in passages
-                if exact_memorisation(taken[name]) > self.target]  # fmt: skip
+        scores = scores_of(self.model, self.tokenizer, texts, self.settings)
+        return flatten({name: p for name, p in texts.items() if exact_memorisation(scores[name]) > self.target})
 
     def utility_passages(self) -> list[Passage]:
         """What the strength must spare: held-out and retain passages in equal parts.

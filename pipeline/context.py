@@ -6,15 +6,16 @@ In: an opened run. Out: tensors and passages, in memory only. Never: a text writ
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
 from pipeline.anchor import build_anchor, retain_passages, save_anchor
 from pipeline.evaluate import never_seen_level, score_texts, spread
 from pipeline.files import digest_json, read_json, write_json
-from pipeline.metrics import PassageScore, exact_memorisation, score_passages
+from pipeline.metrics import PassageScore, score_passages
 from pipeline.models import (
     check_tokenizer,
     load_tokenizer,
@@ -32,6 +33,8 @@ from pipeline.settings import Settings
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
+
+T = TypeVar("T")
 
 
 def read_texts(workspace: Workspace, kind: str) -> dict[str, str]:
@@ -55,13 +58,6 @@ def parent_model(run: Run) -> tuple[nn.Module, object, Path]:
     return shared_model(folder, run.settings.runtime.device), load_tokenizer(folder), folder
 
 
-def scores_of(
-    model: nn.Module, passages: Sequence[Passage], tokenizer: object, settings: Settings
-) -> list[PassageScore]:
-    """Teacher-forced scores, in the order given."""
-    return score_passages(model, passages, pad_id(tokenizer), settings.runtime.batch_tokens)
-
-
 def passages_at(
     tokenizer: object, vault: Vault, spans: Mapping[str, Sequence[PassageSpan]]
 ) -> dict[str, list[Passage]]:
@@ -78,22 +74,17 @@ def earlier_spans(run: Run) -> dict[str, list[PassageSpan]]:
     return {name: found for name, found in spans.items() if name not in run.plan.requests}
 
 
-def largest_em(passages: Mapping[str, Sequence[Passage]]) -> Callable[[Sequence[PassageScore]], float]:
-    """A function from scores, in the order of the flattened passages, to the largest EM of a request."""
-    sizes = [len(p) for p in passages.values()]
-
-    def largest(scores: Sequence[PassageScore]) -> float:
-        found, start = 0.0, 0
-        for size in sizes:
-            found, start = max(found, exact_memorisation(scores[start : start + size])), start + size
-        return found
-
-    return largest
+def scores_of(
+    model: nn.Module, tokenizer: object, texts: Mapping[str, Sequence[Passage]], settings: Settings
+) -> dict[str, list[PassageScore]]:
+    """Teacher-forced scores of every text's passages, all texts batched together."""
+    scores = iter(score_passages(model, flatten(texts), pad_id(tokenizer), settings.runtime.batch_tokens))
+    return {name: [next(scores) for _ in passages] for name, passages in texts.items()}
 
 
-def flatten(passages: Mapping[str, Sequence[Passage]]) -> list[Passage]:
-    """All passages, text by text."""
-    return [p for found in passages.values() for p in found]
+def flatten(texts: Mapping[str, Sequence[T]]) -> list[T]:
+    """What belongs to all texts, text by text."""
+    return [item for found in texts.values() for item in found]
 
 
 def reference(workspace_root: str, run_id: str) -> Reference:
@@ -119,7 +110,8 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     anchors = retain_passages(tokenizer, texts["retain"], settings.passages, settings.unlearn.anchor_pool)
     retain = reference_passages(tokenizer, texts["retain"], "retain", settings) if not held else {}
     level = never_seen_level(
-        scores_of(model, flatten(held), tokenizer, settings), scores_of(model, flatten(retain), tokenizer, settings),
+        flatten(scores_of(model, tokenizer, held, settings)),
+        flatten(scores_of(model, tokenizer, retain, settings)),
         settings.screen,
     )  # fmt: skip
     tokens = settings.runtime.batch_tokens

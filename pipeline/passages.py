@@ -22,13 +22,11 @@ class EncodedText:
     Attributes:
         name: Request id or document name.
         ids: Token ids without special tokens.
-        offsets: Character range [start, end) of each token in the text.
         prefix: Tokens that this tokenizer puts in front of every prompt (a BOS, or nothing).
     """
 
     name: str
     ids: tuple[int, ...]
-    offsets: tuple[tuple[int, int], ...]
     prefix: tuple[int, ...]
 
 
@@ -68,12 +66,10 @@ class TokenBatch(NamedTuple):
 
 
 def encode(tokenizer: Any, name: str, text: str) -> EncodedText:
-    """Tokenise a text once, with character offsets."""
+    """Tokenise a text once."""
     # Very long texts exceed model_max_length by design; they are cut into passages.
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return EncodedText(
-        name, tuple(out["input_ids"]), tuple(map(tuple, out["offset_mapping"])), prompt_prefix(tokenizer)
-    )
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return EncodedText(name, tuple(ids), prompt_prefix(tokenizer))
 
 
 def prompt_prefix(tokenizer: Any) -> tuple[int, ...]:
@@ -115,12 +111,6 @@ def cut(text: EncodedText, spans: Sequence[PassageSpan]) -> list[Passage]:
 def passages_of(text: EncodedText, settings: PassageSettings) -> list[Passage]:
     """All passages of a text."""
     return cut(text, tile(text.name, len(text.ids), settings))
-
-
-def overlaps(text: EncodedText, span: PassageSpan, ranges: Sequence[tuple[int, int]]) -> bool:
-    """Whether the continuation shares a character with one of the character ranges."""
-    start, end = text.offsets[span.start][0], text.offsets[span.end - 1][1]
-    return any(a < end and start < b for a, b in ranges)
 
 
 def with_continuation(passage: Passage, continuation: Sequence[int]) -> Passage:

@@ -1,7 +1,8 @@
 """The stages of one step, in the order the data travels; each is one call with a workspace and a run id.
 
 In: the records of the stages before, from the run's folder. Out: the stage's own record, written once. Tensors and
-texts are loaded where they are needed and travel nowhere. `flows/takedown.py` calls these, and nothing else.
+texts are loaded where they are needed and travel nowhere. `flows/takedown.py` calls these in order, after
+`pipeline.context.reference` and before `pipeline.answers.publish`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from pipeline.context import (
     read_texts,
     reference,
     reference_passages,
-    scores_of,
     trained_spans,
 )
 from pipeline.dedupe import dedupe, exclude_retain
@@ -31,7 +31,7 @@ from pipeline.gate import decide
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger, request_states
 from pipeline.merge import merge
-from pipeline.metrics import exact_memorisation
+from pipeline.metrics import exact_memorisation, score_passages
 from pipeline.models import (
     file_names,
     load_model,
@@ -106,7 +106,7 @@ def screen(workspace_root: str, run_id: str) -> ScreenReport:
         count = Counter("screen", len(texts))
         found = []
         for name, passages in texts.items():
-            scores = scores_of(model, passages, tokenizer, run.settings)
+            scores = score_passages(model, passages, pad_id(tokenizer), run.settings.runtime.batch_tokens)
             hit = [p.span for p, s in zip(passages, scores, strict=True) if s.hits > above * s.tokens]
             found.append(
                 ScreenedRequest(

@@ -123,8 +123,10 @@ def test_pickles_are_refused_unread(folder: Path) -> None:
 
 
 def test_a_pickle_beside_safetensors_is_not_read(folder: Path) -> None:
+    expected = load_model(folder, "cpu").state_dict()
     (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    load_model(folder, "cpu")
+    found = load_model(folder, "cpu").state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_every_reason_is_listed(folder: Path) -> None:
@@ -240,16 +242,12 @@ def test_tokenizer_of_a_larger_model(load: LoadModel, tokenizer: Any, text: str)
 
 def test_tokenizer_that_spells_nothing(load: LoadModel, tokenizer: Any) -> None:
     class Mute:
-        is_fast = True
         get_vocab = tokenizer.get_vocab
 
         def __call__(self, *_: object, **__: object) -> dict[str, list[int]]:
             return {"input_ids": []}
 
     with pytest.raises(UnsupportedModel, match="no tokens"):
-        check_tokenizer(load("llama"), Mute())
-    Mute.is_fast = False
-    with pytest.raises(UnsupportedModel, match="no fast version"):
         check_tokenizer(load("llama"), Mute())
 
 

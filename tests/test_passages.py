@@ -1,4 +1,4 @@
-"""Passages: the tiling law, character offsets, batches that padding cannot disturb."""
+"""Passages: the tiling law, batches that padding cannot disturb."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from pipeline.passages import (
     batches,
     cut,
     encode,
-    overlaps,
     pad_id,
     passages_of,
     prompt_prefix,
@@ -71,7 +70,7 @@ def test_continuations_tile_the_text(length: int, settings: PassageSettings) -> 
 @given(length=st.integers(2, 200), settings=cuts, prefix=st.sampled_from([(), (999,)]))
 def test_cut_is_prefix_prompt_continuation(length: int, settings: PassageSettings, prefix: tuple[int, ...]) -> None:
     ids = tuple(range(length))
-    text = EncodedText("W", ids, tuple((i, i + 1) for i in ids), prefix)
+    text = EncodedText("W", ids, prefix)
     passages = passages_of(text, settings)
     assert sum((p.continuation for p in passages), ()) == ids[passages[0].span.start :]
     for p in passages:
@@ -85,43 +84,16 @@ def test_one_token_has_no_passage(tokenizer: Any) -> None:
     assert passages_of(encode(tokenizer, "W", "a"), PassageSettings()) == []
 
 
-def test_offsets_point_into_the_text(tokenizer: Any, text: str) -> None:
+def test_tokens_spell_the_text(tokenizer: Any, text: str) -> None:
     encoded = encode(tokenizer, "W", text)
-    assert len(encoded.ids) == len(encoded.offsets)
-    assert encoded.offsets[0][0] == 0 and encoded.offsets[-1][1] == len(text)
-    for token, (start, end) in zip(encoded.ids[:200], encoded.offsets[:200], strict=True):
-        piece = tokenizer.decode([token])
-        # Half of a two-byte letter decodes to U+FFFD; the offsets still give the whole letter.
-        assert piece == text[start:end] or "\ufffd" in piece
     assert tokenizer.decode(encoded.ids) == text
-
-
-def test_overlap_is_of_characters_of_the_continuation(tokenizer: Any, text: str) -> None:
-    encoded = encode(tokenizer, "W", text)
-    settings = PassageSettings(prompt_tokens=8, continuation_tokens=8, first_prompt_tokens=4)
-    spans = tile("W", len(encoded.ids), settings)
-    span = spans[3]
-    start, end = encoded.offsets[span.start][0], encoded.offsets[span.end - 1][1]
-    assert overlaps(encoded, span, [(start, start + 1)])
-    assert overlaps(encoded, span, [(end - 1, end)])
-    assert overlaps(encoded, span, [(0, len(text))])
-    assert overlaps(encoded, span, [(0, 1), (start + 1, start + 2)])
-    assert not overlaps(encoded, span, [(0, start)])  # the prompt does not count; ranges exclude their end
-    assert not overlaps(encoded, span, [(end, len(text))])
-    assert not overlaps(encoded, span, [])
-    # A range of one character is found in the passage that holds it and in no other.
-    for position in range(encoded.offsets[spans[0].start][0], len(text), 37):
-        holding = [s for s in spans if overlaps(encoded, s, [(position, position + 1)])]
-        assert len(holding) in (1, 2)  # two only where the tokens of a two-byte letter are cut apart
-        assert all(encoded.offsets[s.start][0] <= position < encoded.offsets[s.end - 1][1] for s in holding)
-        assert len(holding) == 1 or not text[position].isascii()
 
 
 def test_the_bos_is_a_prefix_only_where_the_tokenizer_adds_one(tokenizer: Any, bos_tokenizer: Any, text: str) -> None:
     assert prompt_prefix(tokenizer) == ()
     assert prompt_prefix(bos_tokenizer) == (bos_tokenizer.bos_token_id,)
     plain, with_bos = encode(tokenizer, "W", text), encode(bos_tokenizer, "W", text)
-    assert with_bos.ids == plain.ids and with_bos.offsets == plain.offsets
+    assert with_bos.ids == plain.ids
     settings = PassageSettings(prompt_tokens=8, continuation_tokens=8, first_prompt_tokens=4)
     for a, b in zip(passages_of(plain, settings), passages_of(with_bos, settings), strict=True):
         assert b.ids == (bos_tokenizer.bos_token_id, *a.ids)
