@@ -3,7 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test clean
+INTEROP := .venv-interop
+
+.PHONY: demo test interop bench clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,5 +24,15 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+## Signed model folders against the public OpenSSF tool, in an environment of its own.
+interop: $(STAMP)
+	test -d $(INTEROP) || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install --quiet 'model-signing==1.1.1' pyOpenSSL
+	TAKEDOWN_MODEL_SIGNING=$(CURDIR)/$(INTEROP)/bin/python $(BIN)/pytest tests/test_oms.py -k tool -rs
+
+## Bytes, time and memory of the version store, side by side with what people use today (some minutes).
+bench: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.store
+
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(INTEROP) .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

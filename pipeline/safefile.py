@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 from pipeline.digests import TensorDigest, tensor_root
 from pipeline.errors import StoreDamaged, UnsupportedModel
 from pipeline.files import CHUNK_BYTES
+from pipeline.lanes import Lane
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -98,8 +99,15 @@ def _parse_json(where: object, data: bytes) -> dict[str, Any]:
     return tree
 
 
-def _open(path: Path) -> tuple[BinaryIO, int]:
-    """Open a regular file; a pipe or device would block or never end."""
+def open_regular(path: Path) -> tuple[BinaryIO, int]:
+    """Open a regular file; a pipe or device would block or never end.
+
+    Returns:
+        The stream, and the size of the file in bytes.
+
+    Raises:
+        StoreDamaged: It is missing, cannot be opened, or is something else.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -140,8 +148,20 @@ def _tensor_info(path: Path, name: str, entry: object) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape), start, end)
 
 
-def _read_header(path: Path, stream: BinaryIO, size: int) -> tuple[Header, bytes]:
-    """Check the header at the head of an open file; also return its raw bytes, length included."""
+def read_header_from(path: Path, stream: BinaryIO, size: int) -> tuple[Header, bytes]:
+    """Check the header at the head of an open file; `read_header` says what is checked.
+
+    Args:
+        path: What messages name.
+        stream: At its start.
+        size: Bytes of the file.
+
+    Returns:
+        The header, and its raw bytes, length included.
+
+    Raises:
+        StoreDamaged: It breaks a rule.
+    """
     prefix = stream.read(8)
     if len(prefix) < 8:
         _damaged(path, f"has {len(prefix)} bytes, too short for a safetensors file")
@@ -178,13 +198,13 @@ def read_header(path: Path) -> Header:
     Raises:
         StoreDamaged: The file is missing or breaks one of these rules; says where and what.
     """
-    stream, size = _open(path)
+    stream, size = open_regular(path)
     with stream:
-        return _read_header(path, stream, size)[0]
+        return read_header_from(path, stream, size)[0]
 
 
 def file_and_tensor_digests(path: Path) -> tuple[str, list[TensorDigest]]:
-    """Digest a safetensors file and each of its tensors in one pass, 1 MiB at a time.
+    """Digest a safetensors file and each of its tensors in one pass, 1 MiB at a time, on two threads.
 
     Returns:
         ``sha256:<hex>`` of the whole file, and the tensors in the order of their bytes.
@@ -192,22 +212,23 @@ def file_and_tensor_digests(path: Path) -> tuple[str, list[TensorDigest]]:
     Raises:
         StoreDamaged: The file is missing, its header breaks a rule, or it cannot be read to its end.
     """
-    stream, size = _open(path)
-    with stream:
-        header, raw = _read_header(path, stream, size)
+    stream, size = open_regular(path)
+    with stream, Lane() as whole_lane, Lane() as tensor_lane:
+        header, raw = read_header_from(path, stream, size)
         whole = hashlib.sha256(raw)
-        digests = []
-        for tensor in header.tensors:
-            hasher = hashlib.sha256()
+        hashers = [(tensor, hashlib.sha256()) for tensor in header.tensors]
+        for tensor, hasher in hashers:
             left = tensor.end - tensor.start
             while left:
                 piece = stream.read(min(left, CHUNK_BYTES))
                 if not piece:
                     _damaged(f"{path}: tensor {tensor.name!r}", "became shorter while it was read")
-                whole.update(piece)
-                hasher.update(piece)
+                whole_lane.do(whole.update, piece)
+                tensor_lane.do(hasher.update, piece)
                 left -= len(piece)
-            digests.append(TensorDigest(tensor.name, tensor.dtype, tensor.shape, hasher.hexdigest()))
+        whole_lane.finish()
+        tensor_lane.finish()
+    digests = [TensorDigest(t.name, t.dtype, t.shape, hasher.hexdigest()) for t, hasher in hashers]
     return f"sha256:{whole.hexdigest()}", digests
 
 
@@ -223,7 +244,7 @@ def is_plain_name(name: str) -> bool:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The ``weight_map`` of a sharded model: tensor name to shard file name."""
-    stream, size = _open(path)
+    stream, size = open_regular(path)
     with stream:
         if size > MAX_HEADER_BYTES:
             _damaged(path, f"has {size} bytes, the limit is {MAX_HEADER_BYTES}")
