@@ -5,8 +5,6 @@ Exit 0 fine · 1 the evidence or the gate says no · 2 wrong use · 3 interrupte
 
 from __future__ import annotations
 
-import getpass
-import json
 import logging
 import math
 import os
@@ -17,21 +15,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import pipeline
-from pipeline.display import cell, plain
-from pipeline.errors import InvalidInput, TakedownError, UsageError
-from pipeline.history import acknowledged_versions, lineage_view, read_entries, step_view, version_views
-from pipeline.ledger import current_version, request_states
-from pipeline.records import Comparison, Evaluation, Record
-from pipeline.report import render
-from pipeline.verify import verify as find_breaks
+from flows.progress import bars
+from flows.reading import reading, state_words, storage_line
+from flows.terminal import Actor, Json, Reason, err, megabytes, number_of, opened, out, say, show_json, table
+from pipeline.display import plain
+from pipeline.errors import InvalidInput, TakedownError
+from pipeline.history import read_entries, step_view
+from pipeline.records import Comparison, Evaluation
+from pipeline.states import request_states
 from pipeline.versions import VersionStore
-from pipeline.workspace import Workspace, open_workspace, writing
+from pipeline.workspace import Workspace, writing
 
 app = typer.Typer(
     name="takedown", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
@@ -39,16 +36,10 @@ app = typer.Typer(
     "Example: takedown -w ws init --model ./my-model --retain ./retain; takedown -w ws run batch.json; "
     "takedown -w ws checkout v1 ./served",
 )  # fmt: skip
-out = Console(highlight=False)
-TIME = "%Y-%m-%d %H:%MZ"  # all times are kept in UTC
 GROUPS = {"earlier": "earlier requests", "kept": "kept works", "held-out": "held-out texts"}
-err = Console(stderr=True, highlight=False)
 
 INTERRUPTED_BY_USER = 130
 """Typer's exit code for Ctrl-C, as shells have it."""
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
-Actor = Annotated[str, typer.Option("--actor", help="Who does it, for the ledger.", default_factory=getpass.getuser)]
 
 
 @app.callback(invoke_without_command=True)
@@ -69,33 +60,7 @@ def choose(
     context.obj = workspace
 
 
-def opened(context: typer.Context) -> Workspace:
-    """The workspace of this call."""
-    return open_workspace(context.obj)
-
-
-def show_json(value: Any) -> None:
-    """Print a value as JSON; records become objects."""
-
-    def plain_value(item: Any) -> Any:
-        return item.model_dump(mode="json") if isinstance(item, Record) else str(item)
-
-    sys.stdout.write(json.dumps(value, default=plain_value, indent=2, ensure_ascii=True) + "\n")
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """A table whose cells are shown literally, whatever they hold."""
-    made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        made.add_column(column, justify="right" if column.endswith(("before", "after")) else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(cell("" if v is None else str(v)) for v in row))
-    return made
-
-
-def say(text: str) -> None:
-    """Print a line literally."""
-    out.print(Text(text), soft_wrap=True)
+app.add_typer(reading)
 
 
 # --- writing verbs ----------------------------------------------------------------------------------------
@@ -181,7 +146,7 @@ def run(
             err.print(Text(f"takedown: {plain_lines(str(error))}"), soft_wrap=True)
             bad_files = True
     states = request_states(read_entries(workspace)).values()
-    if requests == [] or not any(s.state in ("waiting", "refused") for s in states):
+    if requests == [] or not any(s.to_do for s in states):
         idle = "Nothing waits." if batch is None else "Every request of this batch is answered; see takedown status."
         show_json({"outcome": "idle"}) if as_json else say(idle)
     else:
@@ -200,8 +165,6 @@ def run_step(workspace: Workspace, requests: list[str] | None, actor: str, as_js
 
     prepare(workspace.root)
     quiet_libraries()
-    from flows.progress import bars
-
     with bars(err, "starting Prefect"):
         from flows.takedown import takedown
 
@@ -237,12 +200,12 @@ def show_step(workspace: Workspace, view: Any) -> None:
     for found in view.screen.requests:
         decision = decisions[found.request_id]
         other = decision.evidence[0].request_id if decision.evidence and decision.verdict != "fresh" else ""
-        rows.append((found.request_id, states[found.request_id].state, other, f"{decision.covered:.2f}",
+        rows.append((found.request_id, state_words(states[found.request_id]), other, f"{decision.covered:.2f}",
                      f"{len(found.memorised)}/{found.passages}", f"{found.exact_memorisation:.3f}"))  # fmt: skip
     columns = ("request", "answer", "like", "covered", "memorised passages", "EM before")
     out.print(table(f"{view.run_id}: requests", columns, rows))
     if view.evaluation:
-        out.print(score_table(view.evaluation, {name: s.state for name, s in states.items()}))
+        out.print(score_table(view.evaluation, {name: state_words(s) for name, s in states.items()}))
     for reason in view.verdict.reasons if view.verdict else ():
         say(f"Refused: {reason}")
     for sentence in view.verdict.unchecked if view.verdict else ():
@@ -251,6 +214,7 @@ def show_step(workspace: Workspace, view: Any) -> None:
         manifest = VersionStore(workspace.versions).manifest(view.version)
         say(f"Published v{view.version}  {manifest.root}")
         say(f"Changed {manifest.report['changed']:,} of {manifest.report['total']:,} target weights.")
+        say(storage_line(workspace, read_entries(workspace)))
     elif view.verdict is None:
         say(f"No new version was needed; v{view.parent} stays current.")
     else:
@@ -293,171 +257,92 @@ def change(found: Sequence[Comparison], field: str) -> str:
     return "→".join(f"{m:.3f}" for m in means)
 
 
-# --- reading verbs ----------------------------------------------------------------------------------------
+# --- versions ---------------------------------------------------------------------------------------------
 
 
 @app.command()
-def status(context: typer.Context, as_json: Json = False) -> None:
-    """Requests and their state, and what waits.
-
-    Example: takedown -w ws status
-    """
-    workspace = opened(context)
-    entries = read_entries(workspace)
-    states = request_states(entries)
-    if as_json:
-        show_json({"current": current_version(entries), "requests": list(states.values())})
-        return
-    say(f"Current version: v{current_version(entries)}")
-    rows = [
-        (
-            s.request_id,
-            s.state,
-            s.batch_id,
-            s.received_at.strftime(TIME),
-            f"v{s.version}" if s.state in ("applied", "folded", "repeat") else "",
-        )
-        for s in states.values()
-    ]
-    out.print(table("Requests", ("request", "state", "batch", "received", "excluded since"), rows))
-    waiting = sum(s.state in ("waiting", "refused") for s in states.values())
-    say(f"{waiting} waiting." if waiting else "Nothing waits.")
-
-
-@app.command()
-def log(context: typer.Context, as_json: Json = False) -> None:
-    """The ledger: every event, oldest first.
-
-    Example: takedown -w ws log
-    """
-    entries = read_entries(opened(context))
-    if as_json:
-        show_json(list(entries))
-        return
-    rows = [(e.seq, e.at.strftime(TIME), e.event.kind, e.event.actor, e.event.request_id,
-             f"v{e.event.version}" if e.event.version is not None else "", e.event.run_id, e.digest[7:19])
-            for e in entries]  # fmt: skip
-    out.print(table("Ledger", ("#", "at", "event", "actor", "request", "version", "run", "digest"), rows))
-
-
-def version_number(workspace: Workspace, name: str) -> int:
-    """``v3`` or ``3`` as a number of a published version."""
-    digits = name.removeprefix("v")
-    numbers = [m.version for m in acknowledged_versions(workspace, read_entries(workspace))]
-    if not digits.isdecimal() or int(digits) not in numbers:
-        raise UsageError(f"{plain(name)}: no such request or version; there are v{numbers[0]} to v{numbers[-1]}.")
-    return int(digits)
-
-
-@app.command()
-def show(context: typer.Context, name: str, as_json: Json = False) -> None:
-    """One version (v3) or one request.
-
-    Example: takedown -w ws show v1; takedown -w ws show TD-1
-    """
-    workspace = opened(context)
-    entries = read_entries(workspace)
-    states = request_states(entries)
-    if name in states:
-        events = [e for e in entries if e.event.request_id == name]
-        if as_json:
-            show_json({"state": states[name], "events": events})
-            return
-        state = states[name]
-        since = f", excluded since v{state.version}" if state.state in ("applied", "folded") else ""
-        say(f"{state.request_id}: {state.state}{since}  (batch {state.batch_id})")
-        for e in events:
-            say(f"  {e.at.strftime(TIME)}  {e.event.kind}  by {plain(e.event.actor)}")
-            for key, value in e.event.data.items():
-                say(f"    {key}: {plain(json.dumps(value), 200)}")
-        return
-    manifest = VersionStore(workspace.versions).manifest(version_number(workspace, name))
-    if as_json:
-        show_json(manifest)
-        return
-    say(f"v{manifest.version}  {manifest.root}")
-    parent = f"v{manifest.parent}  {manifest.parent_root}" if manifest.parent is not None else "none"
-    say(f"  made {manifest.created_at.strftime(TIME)} by {manifest.run_id or 'init'}, parent {parent}")
-    say(f"  excludes first: {', '.join(manifest.requests) or 'nothing'}")
-    for key in ("alpha", "selected", "changed", "total"):
-        if key in manifest.report:
-            say(f"  {key}: {manifest.report[key]}")
-    rows = [(f.path, f"{f.size:,}", f.digest) for f in manifest.files]
-    out.print(table("Files", ("file", "bytes", "digest"), rows))
-
-
-@app.command()
-def checkout(context: typer.Context, version: str, folder: Path) -> None:
-    """Write a version as a model folder that from_pretrained loads, bit-exact.
-
-    Example: takedown -w ws checkout v1 ./served
-    """
-    workspace = opened(context)
-    number = version_number(workspace, version)
-    if folder.resolve().is_relative_to(workspace.root):
-        raise UsageError(f"{plain(str(folder))}: lies inside the workspace. Choose a folder outside of it.")
-    manifest = VersionStore(workspace.versions).restore(number, folder)
-    say(f"Wrote v{number} to {folder}\n{manifest.root}")
-
-
-@app.command()
-def verify(context: typer.Context, as_json: Json = False) -> None:
-    """Re-check everything that is stored; print every break. Exit 1 if there is one.
-
-    Example: takedown -w ws verify && echo sound
-    """
-    breaks = find_breaks(opened(context))
-    if as_json:
-        show_json(breaks)
-    elif breaks:
-        rows = [(b.where, b.found, b.means) for b in breaks]
-        out.print(table(f"{len(breaks)} breaks", ("where", "found", "means"), rows))
-    else:
-        say("Everything matches: ledger chain, manifests, every byte of every version, vault.")
-    if breaks:
-        raise typer.Exit(1)
-
-
-@app.command()
-def report(
+def rollback(
     context: typer.Context,
-    file: Annotated[Path | None, typer.Option("--out", help="File to write; default reports/report.html.")] = None,
+    version: str,
+    reason: Reason,
+    actor: Actor,
+    override: Annotated[bool, typer.Option("--override", help="Do it though removed text comes back.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page about the whole lineage.
+    """Make another version the current one; nothing is removed. Exit 1 where it would bring removed text back.
 
-    Example: takedown -w ws report --out takedowns.html
+    With --override it is done nevertheless, on record, and the requests concerned wait for the next run again.
+
+    Example: takedown -w ws rollback v3 --reason "v4 answers slowly"
     """
-    from pipeline.files import write_atomic
+    from pipeline.rollback import roll_back
 
     workspace = opened(context)
-    view = lineage_view(workspace, find_breaks(workspace))
+    with bars(err, "checking"):
+        done = roll_back(workspace, number_of(version), actor, reason, override)
     if as_json:
-        show_json(view)
+        show_json(done)
         return
-    path = file or workspace.reports / "report.html"
-    try:
-        write_atomic(path, render(view).encode())
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror}). Name a file in an existing folder.") from error
-    say(f"Wrote {path}")
+    say(f"v{done.version} is current now; it was v{done.left}.")
+    if done.brought_back:
+        say(f"It holds again what was taken out for {', '.join(done.brought_back)}; the next run works on them.")
+    if done.out_again:
+        say(f"It excludes again, as measured before: {', '.join(done.out_again)}.")
 
 
 @app.command()
-def versions(context: typer.Context, as_json: Json = False) -> None:
-    """All versions and what they exclude.
+def repack(
+    context: typer.Context,
+    actor: Actor,
+    keyframe_every: Annotated[
+        int | None,
+        typer.Option("--keyframe-every", help="Every n-th version stays whole; default store.keyframe_every."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Keep versions as deltas against their parents, with a whole one at a set spacing. Changes no version.
 
-    Example: takedown -w ws versions
+    Example: takedown -w ws repack --keyframe-every 16
     """
+    from pipeline.upkeep import repack as pack
+
     workspace = opened(context)
-    entries = read_entries(workspace)
-    views = version_views(acknowledged_versions(workspace, entries), current_version(entries))
+    spacing = keyframe_every if keyframe_every is not None else workspace.settings().store.keyframe_every
+    with bars(err, "repack"):
+        done = pack(workspace, spacing, actor)
     if as_json:
-        show_json(list(views))
+        show_json(done)
         return
-    rows = [(f"v{v.version}", v.status, v.created_at.strftime(TIME), ", ".join(v.requests),
-             f"{v.changed:,}" if v.changed is not None else "", v.root[12:24]) for v in views]  # fmt: skip
-    out.print(table("Versions", ("version", "status", "made", "excludes first", "entries changed", "root"), rows))
+    say(f"{done.made_deltas} weight files became deltas, {done.made_whole} became whole: "
+        f"{megabytes(done.bytes_before)} → {megabytes(done.bytes_after)}.")  # fmt: skip
+    say(storage_line(workspace, read_entries(workspace)))
+
+
+@app.command()
+def purge(
+    context: typer.Context,
+    before: Annotated[str, typer.Option("--before", help="First version that stays, e.g. v12.")],
+    reason: Reason,
+    actor: Actor,
+    as_json: Json = False,
+) -> None:
+    """Destroy the weights of all earlier versions for ever.
+
+    Manifests, signatures and ledger still prove what they were. Exit 1 while a request is on legal hold.
+
+    Example: takedown -w ws purge --before v12 --reason "retention policy 4.2"
+    """
+    from pipeline.upkeep import purge as destroy
+
+    workspace = opened(context)
+    with bars(err, "purge"):
+        done = destroy(workspace, number_of(before), actor, reason)
+    if as_json:
+        show_json(done)
+        return
+    listed = ", ".join(f"v{number}" for number in done.versions)
+    say(f"Destroyed the weights of {listed}: {done.files} files, {megabytes(done.nbytes)}.")
+    say(storage_line(workspace, read_entries(workspace)))
 
 
 def main() -> None:

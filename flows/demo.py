@@ -78,10 +78,12 @@ def reference_folders() -> dict[str, Path]:
 
 def run_batch(workspace_root: Path, batch: Path) -> None:
     """Submit a batch and run it through the flow; print what came of it."""
-    from flows.cli import err, show_step
+    from flows.cli import show_step
     from flows.progress import bars
     from flows.takedown import takedown
-    from pipeline.history import read_entries, run_ids, step_view
+    from flows.terminal import err
+    from pipeline.evidence import decisions
+    from pipeline.history import read_entries, step_view
     from pipeline.submit import submit
     from pipeline.workspace import open_workspace
 
@@ -90,7 +92,7 @@ def run_batch(workspace_root: Path, batch: Path) -> None:
     with bars(err, "Prefect"):
         takedown(str(workspace.root), requests, "demo")
     entries = read_entries(workspace)
-    view = step_view(workspace, run_ids(entries)[-1], entries)
+    view = step_view(workspace, list(decisions(entries))[-1], entries)
     show_step(workspace, view)
     console.print(f"   {time.monotonic() - started:.0f} s\n")
 
@@ -131,17 +133,16 @@ def main() -> None:
 
 def finish(root: Path, seconds: float) -> None:
     """Print the version history and write the report."""
-    from flows.cli import out, table
+    from flows.terminal import out, table
     from pipeline.files import write_atomic
     from pipeline.history import acknowledged_versions, lineage_view, read_entries, version_views
-    from pipeline.ledger import current_version
     from pipeline.report import render
     from pipeline.verify import verify
     from pipeline.workspace import open_workspace
 
     workspace = open_workspace(root)
     entries = read_entries(workspace)
-    views = version_views(acknowledged_versions(workspace, entries), current_version(entries))
+    views = version_views(acknowledged_versions(workspace, entries), entries)
     rows = [
         (f"v{v.version}", v.status, ", ".join(v.requests), "" if v.changed is None else f"{v.changed:,}", v.root[12:28])
         for v in views

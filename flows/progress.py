@@ -21,7 +21,7 @@ def bars(console: Console, waiting_for: str) -> Iterator[Progress]:
     """
     columns = (TextColumn("{task.description:<12}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.fields[note]}", markup=False))  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         known: dict[str, TaskID] = {waiting_for: progress.add_task(waiting_for, total=None, note="")}
 
         def listen(stage: str, done: int, total: int, note: str) -> None:

@@ -22,9 +22,9 @@ OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
 @task(**OPTIONS)
-def plan(workspace: str, requests: list[str] | None) -> str | None:
+def plan(workspace: str, requests: list[str] | None, actor: str) -> str | None:
     """Decide what this run works on; its id is the digest of that."""
-    planned = plan_run(open_workspace(Path(workspace)), requests)
+    planned = plan_run(open_workspace(Path(workspace)), requests, actor)
     return planned.run_id if planned else None
 
 
@@ -116,7 +116,7 @@ def takedown(workspace: str, requests: list[str] | None = None, actor: str = "sc
         What became of it; None when nothing waits.
     """
     with writing(open_workspace(Path(workspace))):
-        run_id = plan(workspace, requests)
+        run_id = plan(workspace, requests, actor)
         if run_id is None:
             return None
         reference(workspace, run_id)

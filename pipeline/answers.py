@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 
 from pipeline.context import forget_spans
 from pipeline.errors import StoreDamaged
-from pipeline.files import digest_json
+from pipeline.evidence import all_evidence, checks_root, decisions, keep
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
+from pipeline.lineage import model_signer
 from pipeline.models import software
 from pipeline.records import (
     DedupeReport,
@@ -27,6 +28,7 @@ from pipeline.records import (
     Verdict,
 )
 from pipeline.runs import Run, clean, open_run
+from pipeline.states import published_versions
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
 
@@ -34,23 +36,24 @@ from pipeline.versions import VersionStore
 def publish(workspace_root: str, run_id: str, actor: str) -> Publication:
     """Publish what the gate accepted and write the answer of every request, in one ledger transaction."""
     run = open_run(workspace_root, run_id)
-    workspace = run.workspace
+    workspace, store = run.workspace, VersionStore(run.workspace.versions)
     deduped, screened = run.finished("dedupe", DedupeReport), run.finished("screen", ScreenReport)
     spans = forget_spans(run)
     verdict = run.finished("gate", Verdict) if spans else None
-    version, data = None, dict[str, object]()
+    events = [_outcome(run, actor, verdict, keep(run, store.objects))]
+    version = None
     if verdict is not None and verdict.accepted:
-        version = _next_version(run)
-        data = {**_publish_version(run, version, spans), "unchecked": list(verdict.unchecked)}
-    events = list(_decisions(run, actor, deduped, screened, verdict, version))
-    if version is not None:
+        version, data = _publish_version(run, spans)
         events.append(Event(kind="published", actor=actor, version=version, run_id=run_id, data=data))
+    events += _decisions(run, actor, deduped, screened, verdict, version)
+    events += _measured(run, actor, version)
     with Ledger.open(workspace.ledger) as ledger:
-        if not any(e.event.run_id == run_id for e in ledger.entries()):  # a resumed run answers once
+        if run_id not in decisions(ledger.entries()):  # a resumed run answers once
             ledger.append(*events)
+        entries = ledger.entries()
+    # What an interrupted publish of other weights left behind is named by nothing.
+    store.collect(all_evidence(entries))
     if version is not None:
-        # What an interrupted publish of other weights left behind is named by nothing.
-        VersionStore(workspace.versions).collect()
         vault = Vault(workspace.vault)
         with DedupeIndex.open(workspace.index) as index:
             for name in spans:
@@ -63,21 +66,64 @@ def publish(workspace_root: str, run_id: str, actor: str) -> Publication:
     )
 
 
+def _outcome(run: Run, actor: str, verdict: Verdict | None, evidence: Mapping[str, str]) -> Event:
+    """The event of the run itself: what was decided, on which evidence."""
+    data: dict[str, object] = {"evidence": dict(evidence)}
+    if verdict is not None:
+        evaluation = run.finished("evaluate", Evaluation)
+        data |= {
+            "checks": checks_root(evaluation),
+            "level": evaluation.level.model_dump(mode="json"),
+            "reasons": list(verdict.reasons),
+            "unchecked": list(verdict.unchecked),
+        }
+    kind = "answered" if verdict is None else "accepted" if verdict.accepted else "refused"
+    return Event(kind=kind, actor=actor, run_id=run.run_id, version=run.plan.parent, data=data)
+
+
+def _measured(run: Run, actor: str, version: int | None) -> list[Event]:
+    """What was measured on the published version of each request that it was made to exclude.
+
+    Requests that came back in an earlier version and were measured below the limit again are among them.
+    """
+    if version is None:
+        return []
+    evaluation = run.finished("evaluate", Evaluation)
+    limit = evaluation.level.mean + run.settings.gate.forget_tolerance
+    return [
+        Event(
+            kind="verified",
+            actor=actor,
+            request_id=c.name,
+            run_id=run.run_id,
+            version=version,
+            data={
+                "before": c.before.model_dump(mode="json"),
+                "after": c.after.model_dump(mode="json"),
+                "level": evaluation.level.model_dump(mode="json"),
+                "limit": limit,
+            },
+        )
+        for c in evaluation.of("this", "folded", "repeat")
+    ]
+
+
 def _next_version(run: Run) -> int:
     """One more than the highest version that the ledger names; a manifest it does not name was never published."""
     with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
-        return 1 + max(e.event.version or 0 for e in ledger.entries() if e.event.kind in ("initialised", "published"))
+        return 1 + max(published_versions(ledger.entries()))
 
 
-def _publish_version(run: Run, version: int, spans: Mapping[str, Sequence[PassageSpan]]) -> dict[str, object]:
-    """Put the candidate into the store; returns what the ledger says of it."""
+def _publish_version(run: Run, spans: Mapping[str, Sequence[PassageSpan]]) -> tuple[int, dict[str, object]]:
+    """Put the candidate into the store; returns its number and what the ledger says of it."""
     store = VersionStore(run.workspace.versions)
+    version, parent = _next_version(run), store.manifest(run.plan.parent)
     step, masked = run.finished("repair", Step), run.finished("saliency", MaskReport)
     merged, evaluation = run.finished("merge", MergeReport), run.finished("evaluate", Evaluation)
-    manifest = store.publish(
+    published = store.publish(
         run.folder / "candidate",
         version=version,
-        parent=store.manifest(run.plan.parent),
+        parent=parent,
         created_at=datetime.now(UTC),
         run_id=run.run_id,
         requests=tuple(spans),
@@ -90,14 +136,17 @@ def _publish_version(run: Run, version: int, spans: Mapping[str, Sequence[Passag
             "threshold": masked.threshold,
             "level": evaluation.level.model_dump(mode="json"),
             "memorised": {n: [[s.prompt_start, s.start, s.end] for s in found] for n, found in spans.items()},
-            "evaluation": digest_json(evaluation.model_dump(mode="json")),
         },
         software=software(),
+        keyframe_every=run.settings.store.keyframe_every,
+        sign=model_signer(run.workspace.keys),
         replace_orphan=True,
     )
-    if manifest.root != merged.root:
-        raise StoreDamaged(f"v{version}: the store holds {manifest.root}, the evaluated candidate is {merged.root}.")
-    return {"root": manifest.root, "manifest": store.manifest_digest(version)}
+    if published.manifest.root != merged.root:
+        raise StoreDamaged(
+            f"v{version}: the store holds {published.manifest.root}, the evaluated candidate is {merged.root}."
+        )
+    return version, published.facts()
 
 
 def _decisions(
@@ -112,7 +161,9 @@ def _decisions(
             "passages": found.passages,
             "memorised": len(found.memorised),
             "covered": decision.covered,
-            "evidence": [e.model_dump() for e in decision.evidence[:8]],
+            # How many others it resembles; which ones is in the run's evidence, so that a certificate for one sender
+            # can show this entry without naming another's request.
+            "similar": len(decision.evidence),
         }
         kind: str = decision.verdict
         if found.memorised and version is None:

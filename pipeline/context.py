@@ -13,8 +13,10 @@ from typing import TypeVar
 from torch import nn
 
 from pipeline.anchor import build_anchor, retain_passages, save_anchor
+from pipeline.errors import UsageError
 from pipeline.evaluate import never_seen_level, score_texts, spread
 from pipeline.files import digest_json, read_json, write_json
+from pipeline.ledger import Ledger
 from pipeline.metrics import PassageScore, score_passages
 from pipeline.models import (
     check_tokenizer,
@@ -30,6 +32,7 @@ from pipeline.records import (
 )
 from pipeline.runs import Run, open_run
 from pipeline.settings import Settings
+from pipeline.states import ancestry, excluded, published_versions, purged_versions
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
@@ -46,6 +49,12 @@ def model_folder(run: Run, version: int) -> Path:
     """A version as a model folder, restored from the store with every byte hashed again, once per run."""
     folder = run.folder / f"v{version}"
     if not (run.folder / f"v{version}.restored").exists():
+        with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
+            if version in purged_versions(ledger.entries()):
+                raise UsageError(
+                    f"v{version}: was purged, so it cannot be measured again on reference texts or settings that are "
+                    "new. Go back to those it was measured with."
+                )
         shutil.rmtree(folder, ignore_errors=True)
         VersionStore(run.workspace.versions).restore(version, folder, link=True)
         (run.folder / f"v{version}.restored").touch()
@@ -66,12 +75,15 @@ def passages_at(
 
 
 def earlier_spans(run: Run) -> dict[str, list[PassageSpan]]:
-    """The passages that earlier versions of this lineage were made to forget, by request."""
-    store, spans = VersionStore(run.workspace.versions), {}
-    for version in range(1, run.plan.parent + 1):
+    """The passages that the parent was made to forget and must still not know, by request."""
+    store, spans = VersionStore(run.workspace.versions), dict[str, list[PassageSpan]]()
+    with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
+        entries = ledger.entries()
+    for version in ancestry(published_versions(entries), run.plan.parent):
         for name, rows in dict(store.manifest(version).report.get("memorised", {})).items():  # type: ignore[call-overload]
             spans[name] = [PassageSpan(request_id=name, prompt_start=a, start=b, end=c) for a, b, c in rows]
-    return {name: found for name, found in spans.items() if name not in run.plan.requests}
+    still = excluded(entries, run.plan.parent)
+    return {name: found for name, found in spans.items() if name in still and name not in run.plan.requests}
 
 
 def scores_of(
@@ -100,7 +112,7 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     ]).removeprefix("sha256:")[:16]  # fmt: skip
     folder = workspace.reference / "measured" / key
     if (folder / "reference.json").is_file():
-        return Reference.model_validate(read_json(folder / "reference.json"))
+        return _noted(run, Reference.model_validate(read_json(folder / "reference.json")))
     folder.mkdir(parents=True, exist_ok=True)
     source = model_folder(run, 0)
     model, tokenizer = shared_model(source, settings.runtime.device), load_tokenizer(source)
@@ -122,6 +134,12 @@ def reference(workspace_root: str, run_id: str) -> Reference:
         anchor = save_anchor(folder / "anchor.safetensors", built)
     found = Reference(folder=str(folder.relative_to(workspace.root)), level=level, scores=scores, anchor=anchor)
     write_json(folder / "reference.json", found.model_dump(mode="json"))
+    return _noted(run, found)
+
+
+def _noted(run: Run, found: Reference) -> Reference:
+    """Note in the run what it was measured against, so that it becomes part of the run's evidence."""
+    write_json(run.folder / "reference.json", found.model_dump(mode="json"))
     return found
 
 

@@ -7,11 +7,11 @@ sorted by name. safetensors headers are not byte-reproducible, so files are no i
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from pipeline.files import canonical_json
+from pipeline.merkle import merkle_root
 
 
 class TensorDigest(NamedTuple):
@@ -23,17 +23,11 @@ class TensorDigest(NamedTuple):
     sha256: str
 
 
-def merkle_root(leaves: Sequence[bytes]) -> bytes:
-    """RFC 6962 Merkle tree hash of a list of leaves; SHA-256 of nothing for an empty list."""
-    if not leaves:
-        return hashlib.sha256(b"").digest()
-    if len(leaves) == 1:
-        return hashlib.sha256(b"\x00" + leaves[0]).digest()
-    split = 1 << ((len(leaves) - 1).bit_length() - 1)
-    return hashlib.sha256(b"\x01" + merkle_root(leaves[:split]) + merkle_root(leaves[split:])).digest()
-
-
 def tensor_root(tensors: Iterable[TensorDigest]) -> str:
     """The identity of a set of tensors as ``root-sha256:<hex>``; the order given does not matter."""
-    leaves = [canonical_json([t.name, t.dtype, list(t.shape), t.sha256]) for t in sorted(tensors)]
-    return f"root-sha256:{merkle_root(leaves).hex()}"
+    return f"root-sha256:{merkle_root([tensor_leaf(t) for t in sorted(tensors)]).hex()}"
+
+
+def tensor_leaf(tensor: TensorDigest) -> bytes:
+    """One tensor as a leaf of the root."""
+    return canonical_json([tensor.name, tensor.dtype, list(tensor.shape), tensor.sha256])

@@ -72,6 +72,10 @@ class NumericalFailure(EvidenceError):
     """A loss, gradient or weight is not finite, or an update missed its target."""
 
 
+class Refused(EvidenceError):
+    """What is asked for would undo what was promised, or destroy what must be kept; nothing was changed."""
+
+
 class Interrupted(TakedownError):
     """The work stopped early; nothing acknowledged is lost and the same command resumes it."""
 

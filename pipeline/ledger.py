@@ -1,8 +1,12 @@
 """The append-only record of what happened to a lineage.
 
-In: events. Out: numbered, dated entries, each chained to its predecessor by digest. Never: a text, a contact, an
-entry changed or removed. The chain shows any change inside it; that the newest entries were cut off, or that
-everything after some point was rewritten, shows only against a digest noted elsewhere (`Ledger.head`).
+In: events. Out: numbered, dated entries, each chained to its predecessor by digest, and with every transaction a signed
+checkpoint: the RFC 6962 root over all entries so far (C2SP tlog-checkpoint). Never: a text, a contact, an entry changed
+or removed, an entry without a signature over it. The newest checkpoint is also written beside the database; whoever
+keeps a copy of it elsewhere can tell a history that was rewritten or cut back later, even by the owner of the key.
+
+A leaf of the log is the canonical JSON of ``{"at", "event", "previous", "seq"}``, the bytes whose SHA-256 is the
+entry's digest.
 """
 
 from __future__ import annotations
@@ -17,13 +21,25 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from pipeline.errors import NoSpace, NotAWorkspace, StoreDamaged, UsageError, WorkspaceBusy
-from pipeline.files import canonical_json, digest_json, explained_space, fsync_folder
-from pipeline.records import Break, Event, LedgerEntry, Record
+from pipeline.errors import NoSpace, NotAWorkspace, StoreDamaged, TakedownError, UsageError, WorkspaceBusy
+from pipeline.files import (
+    canonical_json,
+    digest_bytes,
+    explained_space,
+    put_in_place,
+    read_whole,
+    seal,
+    unreadable,
+    write_atomic,
+)
+from pipeline.keys import load_log_key, log_vkey
+from pipeline.merkle import Frontier, leaf_hash, root_of_hashes
+from pipeline.notes import MAX_NOTE_BYTES, Checkpoint, checkpoint_text, parse_vkey, read_checkpoint, sign_note
+from pipeline.records import Break, Event, LedgerEntry
 
 GENESIS = "genesis:takedown-pipeline-ledger-1"
 """What the first entry names as its predecessor."""
@@ -42,6 +58,14 @@ SCHEMA = (
     # INSERT OR REPLACE would delete without firing the trigger above.
     "CREATE TRIGGER entries_in_order BEFORE INSERT ON entries"
     " WHEN NEW.seq IS NOT (SELECT coalesce(max(seq), 0) + 1 FROM entries)"
+    " BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TABLE checkpoints (size INTEGER PRIMARY KEY, note TEXT NOT NULL)",
+    "CREATE TRIGGER checkpoints_no_update BEFORE UPDATE ON checkpoints"
+    " BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TRIGGER checkpoints_no_delete BEFORE DELETE ON checkpoints"
+    " BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TRIGGER checkpoints_in_order BEFORE INSERT ON checkpoints"
+    " WHEN NEW.size IS NOT (SELECT max(seq) FROM entries) OR NEW.size IN (SELECT size FROM checkpoints)"
     " BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
 )
 
@@ -104,11 +128,16 @@ def _connect(path: Path, options: str, timeout_s: float) -> sqlite3.Connection:
 
 
 @cache
-def _expected_schema() -> dict[str, str]:
+def _expected_schema() -> dict[str, tuple[Any, ...]]:
     with closing(sqlite3.connect(":memory:")) as connection:
         for statement in SCHEMA:
             connection.execute(statement)
-        return dict(connection.execute("SELECT name, sql FROM sqlite_master"))
+        return _schema(connection)
+
+
+def _schema(connection: sqlite3.Connection) -> dict[str, tuple[Any, ...]]:
+    """Everything that a database declares, by name; but for the page where a table begins."""
+    return {row[0]: row[1:] for row in connection.execute("SELECT name, type, tbl_name, sql FROM sqlite_master")}
 
 
 def _time_text(at: datetime) -> str:
@@ -118,8 +147,18 @@ def _time_text(at: datetime) -> str:
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
 
 
-def _entry_digest(seq: int, at: str, event: Any, previous: str) -> str:
-    return digest_json({"seq": seq, "at": at, "event": event, "previous": previous})
+def leaf_data(seq: int, at: str, event: str, previous: str) -> bytes:
+    """The bytes that are a leaf of the log, and whose SHA-256 is the entry's digest.
+
+    Args:
+        seq: Number of the entry.
+        at: Time as stored.
+        event: The event as canonical JSON.
+        previous: Digest of the entry before.
+    """
+    return b'{"at":%s,"event":%s,"previous":%s,"seq":%d}' % (
+        canonical_json(at), event.encode("utf-8", "surrogateescape"), canonical_json(previous), seq,
+    )  # fmt: skip
 
 
 class _Row(NamedTuple):
@@ -130,6 +169,13 @@ class _Row(NamedTuple):
     event: Any
     previous: Any
     digest: Any
+
+
+def _leaf_of(row: _Row) -> bytes:
+    """The leaf of a row as it is found; something else than was ever signed where a column is of another kind."""
+    if not isinstance(row.seq, int) or not all(isinstance(value, str) for value in row[1:]):
+        return repr(tuple(row)).encode("utf-8", "surrogateescape")
+    return leaf_data(row.seq, row.at, row.event, row.previous)
 
 
 def _read_row(row: _Row) -> tuple[LedgerEntry | None, list[str]]:
@@ -145,7 +191,7 @@ def _read_row(row: _Row) -> tuple[LedgerEntry | None, list[str]]:
             found.append("the time is not in the form that is written")
         if canonical_json(tree).decode() != row.event:
             found.append("the event is not in the form that is written")
-        digest = _entry_digest(row.seq, row.at, tree, row.previous)
+        digest = digest_bytes(leaf_data(row.seq, row.at, row.event, row.previous))
     except (ValueError, RecursionError, OverflowError) as error:  # ValidationError is a ValueError
         what = "fields that are not an event's" if isinstance(error, ValidationError) else str(error)
         return None, [f"time or event cannot be read ({what})"]
@@ -188,15 +234,20 @@ def _check_rows(name: str, rows: Iterable[_Row]) -> tuple[list[LedgerEntry], lis
 
 
 class Ledger:
-    """An open ledger. Get one from `Ledger.create` or `Ledger.open`; use it in the thread that opened it."""
+    """An open ledger. Get one from `Ledger.create` or `Ledger.open`; use it in the thread that opened it.
+
+    The keys are those in ``keys/`` beside the database: the private one is read when something is appended.
+    """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
+        self.keys = path.parent / "keys"
+        self.checkpoint_file = path.parent / "checkpoint"
         self._connection = connection
 
     @classmethod
     def create(cls, path: Path) -> Ledger:
-        """Make an empty ledger, whole or not at all, and open it.
+        """Make an empty ledger beside its keys, whole or not at all, and open it.
 
         Raises:
             UsageError: Something is already there.
@@ -214,13 +265,9 @@ class Ledger:
                 for statement in SCHEMA:
                     connection.execute(statement)
                 connection.execute("COMMIT")
-            fd = os.open(fresh, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            fresh.replace(path)
-            fsync_folder(path.parent)
+            with fresh.open("rb") as stream:
+                seal(stream, 0o644)
+            put_in_place(fresh, path)
         return cls.open(path)
 
     @classmethod
@@ -234,7 +281,7 @@ class Ledger:
 
         Raises:
             NotAWorkspace: There is no such file, or it may not be opened.
-            StoreDamaged: The file is not a ledger.
+            StoreDamaged: The file is not a ledger, or (for writing) it ends before the newest checkpoint beside it.
         """
         if not path.is_file():
             raise NotAWorkspace(f"{path}: there is no ledger. Name a workspace, or make one with `takedown init`.")
@@ -243,7 +290,9 @@ class Ledger:
                 connection = _connect(path, "mode=rw", timeout_s)
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=FULL")
-                return cls(path, connection)
+                opened = cls(path, connection)
+                opened._mend_checkpoint_file()
+                return opened
             try:
                 return cls(path, _connect(path, "mode=ro", timeout_s))
             except sqlite3.OperationalError:
@@ -267,7 +316,7 @@ class Ledger:
         self.close()
 
     def append(self, *events: Event, at: datetime | None = None) -> tuple[LedgerEntry, ...]:
-        """Write events in one transaction: all of them are in the ledger on return, none after an error.
+        """Write events and a signed checkpoint over them in one transaction: all of it, or after an error nothing.
 
         Args:
             *events: What happened, in order. References only: ids and digests, never a text.
@@ -278,8 +327,9 @@ class Ledger:
 
         Raises:
             WorkspaceBusy: Another process is writing.
-            NoSpace: The disk is full or read-only.
-            StoreDamaged: The newest entry does not hold; nothing is built on it.
+            NoSpace: The disk is full or read-only. Where only the checkpoint file could not be written, it says so.
+            StoreDamaged: The newest entry does not hold, or the entries are not those that were signed; nothing is
+                built or signed on top of that.
             ValueError: An event's data is not JSON (NaN), or ``at`` has no zone.
         """
         time = _time_text(at or datetime.now(UTC))
@@ -292,22 +342,40 @@ class Ledger:
             try:
                 last = self.head()
                 seq, previous = (last.seq, last.digest) if last else (0, GENESIS)
+                frontier = self._signed_frontier()
                 for tree in trees:
                     seq += 1
-                    digest = _entry_digest(seq, time, tree, previous)
-                    row = _Row(seq, time, canonical_json(tree).decode(), previous, digest)
+                    text = canonical_json(tree).decode()
+                    leaf = leaf_data(seq, time, text, previous)
+                    digest = digest_bytes(leaf)
+                    row = _Row(seq, time, text, previous, digest)
                     self._connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", row)
                     entry, found = _read_row(row)
                     if entry is None or found:
                         raise ValueError(f"event {tree['kind']!r} does not survive being written: {found}")
                     entries.append(entry)
+                    frontier.append(leaf_hash(leaf))
                     previous = digest
+                if entries:
+                    note = self._sign(frontier)
+                    self._connection.execute("INSERT INTO checkpoints VALUES (?, ?)", (seq, note))
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+        if entries:
+            self._write_checkpoint_file(note, len(entries))
         return tuple(entries)
+
+    def _write_checkpoint_file(self, note: str, written: int) -> None:
+        try:
+            write_atomic(self.checkpoint_file, note.encode())
+        except NoSpace as error:
+            raise NoSpace(
+                f"{self.checkpoint_file}: cannot be written. The ledger's {written} new entries are there and signed; "
+                "only this copy of the newest checkpoint is old. Free some space; the next writing command renews it."
+            ) from error
 
     def head(self) -> LedgerEntry | None:
         """The newest entry, or None. Its digest stands for the whole ledger: note it elsewhere.
@@ -325,6 +393,74 @@ class Ledger:
                 f"{self.path}: entry {rows[0][0]}: {'; '.join(found)}. `takedown verify` lists all breaks."
             )
         return entry
+
+    def checkpoint(self) -> str | None:
+        """The newest signed checkpoint, a C2SP note; None while the ledger is empty."""
+        with _explained(self.path):
+            rows = self._connection.execute("SELECT note FROM checkpoints ORDER BY size DESC LIMIT 1").fetchall()
+        return str(rows[0][0]) if rows else None
+
+    def leaves(self) -> list[bytes]:
+        """The bytes of every leaf of the log, in order, as they are found; `examine` says whether they hold."""
+        with _explained(self.path):
+            return [_leaf_of(row) for row in self._rows()]
+
+    def _sign(self, frontier: Frontier) -> str:
+        origin = parse_vkey(log_vkey(self.keys)).name
+        key = load_log_key(self.keys)
+        return sign_note(checkpoint_text(Checkpoint(origin, frontier.size, frontier.root())), origin, key)
+
+    def _signed_frontier(self) -> Frontier:
+        """The log so far, after a check that it is exactly what was signed last."""
+        frontier = Frontier()
+        for leaf in self.leaves():
+            frontier.append(leaf_hash(leaf))
+        note = self.checkpoint()
+        if note is None and frontier.size == 0:
+            return frontier
+        signed = read_checkpoint(note, log_vkey(self.keys)) if note is not None else None
+        if signed is None or (signed.size, signed.root) != (frontier.size, frontier.root()):
+            raise StoreDamaged(
+                f"{self.path}: its {frontier.size} entries are not those of its last signed checkpoint "
+                f"({signed.size if signed else 'there is none'}). Nothing was written; `takedown verify` lists all "
+                "breaks."
+            )
+        return frontier
+
+    def _mend_checkpoint_file(self) -> None:
+        """Write the newest checkpoint beside the database, where a process died before it could.
+
+        Raises:
+            StoreDamaged: The file holds a checkpoint that this ledger does not continue: it was cut back or rewritten.
+        """
+        note = self.checkpoint()
+        try:
+            found = read_whole(self.checkpoint_file, MAX_NOTE_BYTES)
+        except FileNotFoundError:
+            found = b""
+        except OSError as error:
+            raise StoreDamaged(f"{self.checkpoint_file}: {unreadable(error)}. Remove it and run again.") from error
+        if found == (note or "").encode():
+            return
+        if (contradiction := self._contradicted(found, self.leaves())) is not None:
+            raise StoreDamaged(
+                f"{self.path}: {self.checkpoint_file.name} {contradiction}: the ledger was cut back, rewritten or is "
+                "an older copy. Restore the newest one; `takedown verify` lists all breaks."
+            )
+        if note is not None:
+            write_atomic(self.checkpoint_file, note.encode())
+
+    def _contradicted(self, note: bytes, leaves: Sequence[bytes]) -> str | None:
+        """How a checkpoint of this lineage contradicts the entries; None where it does not, or is none of ours."""
+        try:
+            signed = read_checkpoint(note, log_vkey(self.keys))
+        except StoreDamaged:
+            return None  # `verify` names it until the next writer puts the right one there
+        if signed.size > len(leaves):
+            return f"signs {signed.size} entries, the ledger has {len(leaves)}"
+        if root_of_hashes([leaf_hash(leaf) for leaf in leaves[: signed.size]]) != signed.root:
+            return f"signs {signed.size} entries, and others than the first {signed.size} of the ledger"
+        return None
 
     def entries(self) -> tuple[LedgerEntry, ...]:
         """All entries, oldest first, with the whole chain checked.
@@ -346,8 +482,13 @@ class Ledger:
         """Check everything that can be checked inside the ledger; never raises, whatever it holds."""
         return self.examine()[1]
 
-    def examine(self) -> tuple[tuple[LedgerEntry, ...], list[Break]]:
-        """Like `check`, and return every entry that can still be read, sound or not."""
+    def examine(self, every_signature: bool = True) -> tuple[tuple[LedgerEntry, ...], list[Break]]:
+        """Like `check`, and return every entry that can still be read, sound or not.
+
+        Args:
+            every_signature: Verify each checkpoint's signature; otherwise that of the newest only. Roots are always
+                recomputed.
+        """
         name = self.path.name
         breaks: list[Break] = []
         entries: list[LedgerEntry] = []
@@ -366,10 +507,70 @@ class Ledger:
             if (used or rows) and used != [(last,)]:
                 found_text = f"SQLite counts {used[0][0] if used else 'no'} entries written, the last one is {last}"
                 breaks.append(Break(where=name, found=found_text, means="The newest entries were removed or replaced."))
+            breaks += self._check_checkpoints(rows, every_signature)
         except (sqlite3.Error, UnicodeDecodeError) as error:
             means = "The ledger was changed outside this product, or its disk is failing. Restore it from a backup."
             breaks.append(Break(where=name, found=f"cannot be read ({error})", means=means))
         return tuple(entries), breaks
+
+    def _check_checkpoints(self, rows: Sequence[_Row], every_signature: bool) -> list[Break]:
+        """Every checkpoint must be signed by the lineage's key, over exactly the entries that precede it."""
+        name, means = self.path.name, "The history was changed after it was signed, or signed by somebody else."
+        try:
+            vkey = log_vkey(self.keys)
+        except (TakedownError, OSError) as error:
+            lost = "Without the public key nobody can tell who signed this history. Restore it from a copy."
+            return [Break(where=f"{self.keys.name}/log.pub", found=str(error), means=lost)]
+        notes = dict(self._connection.execute("SELECT size, note FROM checkpoints ORDER BY size"))
+        breaks, frontier = [], Frontier()
+        for row in rows:
+            frontier.append(leaf_hash(_leaf_of(row)))
+            note = notes.get(frontier.size)
+            if note is None or not (every_signature or frontier.size == len(rows)):
+                continue
+            where = f"{name}: checkpoint {frontier.size}"
+            try:
+                signed = read_checkpoint(str(note).encode("utf-8", "surrogateescape"), vkey)
+            except StoreDamaged as error:
+                breaks.append(Break(where=where, found=str(error), means=means))
+                continue
+            if (signed.size, signed.root) != (frontier.size, frontier.root()):
+                found = f"signs {signed.size} entries with another root than entries 1 to {frontier.size} have"
+                breaks.append(Break(where=where, found=found, means=means))
+        sizes = range(1, len(rows) + 1)
+        for size in sorted((size for size in notes if size not in sizes), key=str):  # after damage it may be anything
+            found = f"signs {str(size)[:80]} entries, there are {len(rows)}"
+            breaks.append(Break(where=f"{name}: checkpoint {str(size)[:80]}", found=found, means=means))
+        last = max((size for size in notes if isinstance(size, int)), default=0)
+        if last != len(rows):
+            found = f"the last checkpoint signs {last} entries, there are {len(rows)}"
+            unsigned = "Entries were removed after they were signed, or written by somebody without the key."
+            breaks.append(Break(where=name, found=found, means=unsigned))
+        return breaks + self._check_checkpoint_file(notes.get(last), rows)
+
+    def _check_checkpoint_file(self, newest: object, rows: Sequence[_Row]) -> list[Break]:
+        """The file beside the database must hold the newest checkpoint."""
+        where = self.checkpoint_file.name
+        if newest is None:
+            if not self.checkpoint_file.exists():
+                return []
+            found_text = "is there, but the ledger holds no checkpoint"
+            return [Break(where=where, found=found_text, means="The ledger was emptied or exchanged.")]
+        try:
+            found = read_whole(self.checkpoint_file, MAX_NOTE_BYTES)
+        except OSError as error:
+            means = "Whoever keeps copies of it has no newest one to compare with. Any writing command restores it."
+            return [Break(where=where, found=unreadable(error), means=means)]
+        if found == str(newest).encode("utf-8", "surrogateescape"):
+            return []
+        if (contradiction := self._contradicted(found, [_leaf_of(row) for row in rows])) is not None:
+            means = "The ledger was cut back or rewritten after this checkpoint was signed, or is an older copy."
+            return [Break(where=where, found=contradiction, means=means)]
+        means = (
+            "It is older than the ledger: a command was interrupted, and the next writing one mends it; or it was "
+            "exchanged. Compare with a checkpoint kept elsewhere: takedown verify --checkpoint FILE."
+        )
+        return [Break(where=where, found="is not the newest checkpoint of the ledger", means=means)]
 
     def _rows(self) -> Iterator[_Row]:
         return (_Row(*row) for row in self._connection.execute(f"{_SELECT} ORDER BY seq"))
@@ -377,7 +578,7 @@ class Ledger:
     def _check_schema(self) -> list[Break]:
         """Tables and triggers must be exactly those that `create` makes."""
         expected = _expected_schema()
-        found = dict(self._connection.execute("SELECT name, sql FROM sqlite_master"))
+        found = _schema(self._connection)
         means = "Entries could be, or have been, changed or removed without being refused."
         return [
             Break(
@@ -391,100 +592,3 @@ class Ledger:
 
 
 _SELECT = "SELECT seq, at, event, previous, digest FROM entries"
-
-
-# --- what the entries say ---------------------------------------------------------------------------------
-
-State = Literal["waiting", "repeat", "folded", "empty", "not-memorised", "applied", "refused"]
-DECISIONS: dict[str, State] = {
-    "repeat": "repeat",
-    "folded": "folded",
-    "empty": "empty",
-    "not-memorised": "not-memorised",
-    "applied": "applied",
-    "refused": "refused",
-}
-"""Events that decide a request, with the state that they lead to."""
-
-
-class RequestState(Record):
-    """Where a request stands.
-
-    Attributes:
-        request_id: The request.
-        state: ``waiting``: received, nothing decided; ``refused``: the gate refused the last attempt, it is still to
-            be done; the others are final.
-        batch_id: Batch that it arrived in.
-        received_at: When, as the batch says.
-        decided_at: When the state was reached; None while waiting.
-        version: Version named by the decision: for ``applied`` the first one that excludes the text.
-        run_id: Run that decided.
-        commitment: Binds the entry to the text in the vault without showing it.
-    """
-
-    request_id: str
-    state: State
-    batch_id: str
-    received_at: datetime
-    decided_at: datetime | None = None
-    version: int | None = None
-    run_id: str | None = None
-    commitment: str | None = None
-
-
-def current_version(entries: Sequence[LedgerEntry]) -> int:
-    """The version that is in force: that of the latest ``initialised`` or ``published`` event.
-
-    Raises:
-        NotAWorkspace: There is none: ``takedown init`` did not finish.
-    """
-    for entry in reversed(entries):
-        if entry.event.kind in ("initialised", "published") and entry.event.version is not None:
-            return entry.event.version
-    raise NotAWorkspace("The ledger names no version: `takedown init` did not finish. Run it again.")
-
-
-def request_states(entries: Iterable[LedgerEntry]) -> dict[str, RequestState]:
-    """Where every request stands, in the order received. A later decision replaces an earlier one.
-
-    Raises:
-        StoreDamaged: A decision about a request that was never received, or a ``received`` event without its fields.
-    """
-    states: dict[str, RequestState] = {}
-    for entry in entries:
-        event = entry.event
-        if event.request_id is None:
-            continue
-        known = states.get(event.request_id)
-        if event.kind == "received":
-            if known is None:
-                fields = {key: event.data.get(key) for key in ("batch_id", "received_at", "commitment")}
-                try:
-                    states[event.request_id] = RequestState.model_validate(
-                        {"request_id": event.request_id, "state": "waiting", **fields}
-                    )
-                except ValidationError as error:
-                    raise StoreDamaged(
-                        f"ledger entry {entry.seq}: 'received' needs data.batch_id and data.received_at. "
-                        "Run `takedown verify`."
-                    ) from error
-        elif event.kind in DECISIONS:
-            if known is None:
-                raise StoreDamaged(
-                    f"ledger entry {entry.seq}: request {event.request_id!r} is {event.kind} but was never received. "
-                    "Run `takedown verify`."
-                )
-            states[event.request_id] = known.model_copy(
-                update={
-                    "state": DECISIONS[event.kind],
-                    "decided_at": entry.at,
-                    "version": event.version,
-                    "run_id": event.run_id,
-                }
-            )
-    return states
-
-
-def known_batches(entries: Iterable[LedgerEntry]) -> set[str]:
-    """Ids of all batches of which a request was received."""
-    return {str(e.event.data["batch_id"]) for e in entries if e.event.kind == "received" and "batch_id" in e.event.data}

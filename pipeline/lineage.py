@@ -5,6 +5,7 @@ In: a model folder and reference texts. Out: a workspace whose v0 is the untouch
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from pipeline.errors import InvalidInput, Problem, UsageError
 from pipeline.files import explained_space, fsync_folder, write_atomic, write_json
+from pipeline.keys import create_keys, load_model_key, log_vkey, model_public_key
 from pipeline.ledger import Ledger
 from pipeline.models import (
     HUB_FILES,
@@ -25,10 +27,11 @@ from pipeline.models import (
     software,
     target_weights,
 )
+from pipeline.oms import model_signature
 from pipeline.records import Event
 from pipeline.settings import Settings
 from pipeline.vault import Vault
-from pipeline.versions import VersionStore
+from pipeline.versions import Sign, VersionStore
 from pipeline.workspace import FORMAT, Workspace, open_workspace
 
 SETTINGS_HEAD = """\
@@ -92,6 +95,11 @@ def start_lineage(
     return open_workspace(root)
 
 
+def model_signer(keys: Path) -> Sign:
+    """What signs the model folders of a lineage."""
+    return lambda files, name: model_signature(files, name, load_model_key(keys))
+
+
 def _fill(workspace: Workspace, source: Path, texts: Mapping[str, Mapping[str, str]], actor: str) -> None:
     workspace.root.chmod(0o755)
     with explained_space(workspace.root):
@@ -107,17 +115,17 @@ def _fill(workspace: Workspace, source: Path, texts: Mapping[str, Mapping[str, s
             if path.is_file() and any(fnmatch(path.name, pattern) for pattern in HUB_FILES):
                 shutil.copyfile(path, model / path.name)  # resolves the links of a hub cache
         now = datetime.now(UTC)
-        manifest = VersionStore(workspace.versions).publish(
+        lineage = f"takedown-pipeline/{secrets.token_hex(8)}"
+        create_keys(workspace.keys, lineage)
+        published = VersionStore(workspace.versions).publish(
             model, version=0, parent=None, created_at=now, run_id=None, requests=(), settings={}, report={},
-            software=software(),
+            software=software(), sign=model_signer(workspace.keys),
         )  # fmt: skip
         shutil.rmtree(model)
+        keys = {"log": log_vkey(workspace.keys), "model": model_public_key(workspace.keys).decode()}
         with Ledger.create(workspace.ledger) as ledger:
-            ledger.append(
-                Event(kind="initialised", actor=actor, version=0, data={
-                    "root": manifest.root, "manifest": VersionStore(workspace.versions).manifest_digest(0)}),
-                at=now,
-            )  # fmt: skip
+            data = published.facts() | {"lineage": lineage, "keys": keys}
+            ledger.append(Event(kind="initialised", actor=actor, version=0, data=data), at=now)
         write_atomic(workspace.settings_file, SETTINGS_HEAD.encode())
         write_json(workspace.marker, {"format": FORMAT})
 

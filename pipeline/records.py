@@ -357,11 +357,20 @@ class Publication(Record):
 
 
 class StoredFile(Record):
-    """One file of a version: where it belongs in the model folder and what it holds."""
+    """One file of a version: where it belongs in the model folder and what it holds.
+
+    Attributes:
+        path: Its name.
+        digest: SHA-256 of its bytes.
+        size: Its bytes.
+        header: SHA-256 of a weight file's safetensors header, length included; None for other files. With the digests
+            of the tensors it decides every byte of the file, so that a restore need not hash them a second time.
+    """
 
     path: str
     digest: str
     size: int
+    header: str | None = None
 
 
 class VersionManifest(Record):
@@ -376,6 +385,7 @@ class VersionManifest(Record):
         run_id: Run that made it; None for v0.
         requests: Requests that this version is the first to exclude.
         files: All files of the model folder.
+        tensors: Digest of the table of all tensors (name, dtype, shape, SHA-256), whose Merkle root is ``root``.
         settings: Resolved settings of the run (empty for v0).
         report: Summary of what was done (mask, α, entries changed) and measured.
         software: Versions of this product and of the libraries that computed it.
@@ -389,6 +399,7 @@ class VersionManifest(Record):
     run_id: str | None
     requests: tuple[str, ...]
     files: tuple[StoredFile, ...]
+    tensors: str
     settings: dict[str, object]
     report: dict[str, object]
     software: dict[str, str]
@@ -397,8 +408,11 @@ class VersionManifest(Record):
 class Event(Record):
     """What is written to the ledger: a kind, who did it, and references (ids and digests, never texts).
 
-    Kinds: ``initialised``, ``received``, ``repeat``, ``folded``, ``empty``, ``not-memorised``, ``applied``,
-    ``refused``, ``published``.
+    Of a request: ``received``, then ``repeat``, ``folded``, ``empty``, ``not-memorised``, ``applied``, ``refused`` by a
+    run, ``verified`` by a measurement, later ``regressed``, ``countered``, ``withdrawn``, ``reinstated``, ``hold``,
+    ``released`` (`pipeline.states` says what may follow what). Of a run: ``planned``, before anything is computed, with
+    the limits; then ``accepted`` or ``refused`` by the gate, or ``answered`` where nothing had to be trained. Of a
+    version: ``initialised``, ``published``, ``rolled-back``. Of the store: ``purging``, ``purged``, ``repacked``.
     """
 
     kind: str

@@ -16,18 +16,18 @@ from pydantic import ValidationError
 
 import pipeline
 from pipeline.errors import StoreDamaged, UsageError
-from pipeline.files import canonical_json, digest_file, digest_json, read_json, write_json
-from pipeline.ledger import Ledger, current_version, request_states
-from pipeline.records import Record
+from pipeline.files import canonical_json, digest_file, digest_json, explained_space, read_json, write_json
+from pipeline.ledger import Ledger
+from pipeline.records import Event, Record
 from pipeline.settings import Settings
+from pipeline.states import in_force, request_states
+from pipeline.vault import Vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, open_workspace
 
 R = TypeVar("R", bound=Record)
 
-DAMAGED_RUN = (
-    "If `takedown log` names the run, restore its folder from a backup; else delete the folder, it is computed again."
-)
+DAMAGED_RUN = "Delete the run's folder; it is computed again."
 
 
 class Plan(Record):
@@ -36,15 +36,17 @@ class Plan(Record):
     Attributes:
         parent: Version to start from.
         parent_root: Its tensor root.
+        since: Ledger entry that put the parent in force: after a rollback the same work is another run.
         requests: Request ids, sorted.
         commitments: Keyed digest of each request's text, in that order.
-        references: Digest of the retain, kept and held-out texts: other ones can turn a refusal.
+        references: Keyed digest of the retain, kept and held-out texts: other ones can turn a refusal.
         settings: Resolved settings.
         code: Release that computes.
     """
 
     parent: int
     parent_root: str
+    since: int
     requests: tuple[str, ...]
     commitments: tuple[str, ...]
     references: str
@@ -113,68 +115,87 @@ def _parse(path: Path, record: type[R], saved: Mapping[str, object]) -> R:
         ) from error
 
 
-def plan_run(workspace: Workspace, requests: Sequence[str] | None = None) -> Plan | None:
-    """Plan a run of some or all of the waiting requests, and make its folder.
+def plan_run(workspace: Workspace, requests: Sequence[str] | None = None, actor: str = "scheduled") -> Plan | None:
+    """Plan a run of some or all of the waiting requests, make its folder and record the plan before anything is done.
 
     Args:
         workspace: The workspace, locked for writing.
         requests: Ids, all of which must wait; None for everything that waits.
+        actor: Who asked for it, for the ledger.
 
     Returns:
         The plan, or None when nothing waits.
 
     Raises:
-        UsageError: A request is unknown or already decided.
+        UsageError: A request is unknown, decided or on hold.
     """
-    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+    with Ledger.open(workspace.ledger) as ledger:
         entries = ledger.entries()
-    states = request_states(entries)
-    waiting = {i: s for i, s in states.items() if s.state in ("waiting", "refused")}
-    chosen = sorted(waiting if requests is None else requests)
-    unknown = [i for i in chosen if i not in waiting]
-    if unknown:
-        raise UsageError(f"Not waiting: {', '.join(unknown)}. `takedown status` lists what waits.")
-    if not chosen:
-        return None
-    parent = current_version(entries)
-    plan = Plan(
-        parent=parent,
-        parent_root=VersionStore(workspace.versions).manifest(parent).root,
-        requests=tuple(chosen),
-        commitments=tuple(waiting[i].commitment for i in chosen),
-        references=references_digest(workspace),
-        settings=workspace.settings(),
-        code=pipeline.__version__,
-    )
-    folder = workspace.runs / plan.run_id
-    decided = {e.event.run_id for e in entries}
-    for other in workspace.runs.iterdir():
-        if other != folder and other.name in decided:
-            clean(other)
-        elif other != folder:
-            # Abandoned, because settings or requests changed. Whole, so that it can be computed again from the start.
-            shutil.rmtree(other)
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "plan.json", plan.model_dump(mode="json"))
+        states = request_states(entries)
+        waiting = {i: s for i, s in states.items() if s.to_do}
+        chosen = sorted(waiting if requests is None else requests)
+        unknown = [i for i in chosen if i not in waiting]
+        if unknown:
+            raise UsageError(f"Not waiting: {', '.join(unknown)}. `takedown status` lists what waits.")
+        if not chosen:
+            return None
+        parent, since = in_force(entries)
+        plan = Plan(
+            parent=parent,
+            parent_root=VersionStore(workspace.versions).manifest(parent).root,
+            since=since,
+            requests=tuple(chosen),
+            commitments=tuple(waiting[i].commitment for i in chosen),
+            references=references_digest(workspace),
+            settings=workspace.settings(),
+            code=pipeline.__version__,
+        )
+        folder = workspace.runs / plan.run_id
+        for other in workspace.runs.iterdir():
+            if other != folder:  # decided, its records are evidence in the store; or abandoned for other settings
+                shutil.rmtree(other)
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "plan.json", plan.model_dump(mode="json"))
+        if not any(e.event.kind == "planned" and e.event.run_id == plan.run_id for e in entries):
+            ledger.append(_planned(plan, actor))
     return plan
 
 
+def _planned(plan: Plan, actor: str) -> Event:
+    """The event that fixes the limits before anything is measured against them."""
+    return Event(
+        kind="planned",
+        actor=actor,
+        run_id=plan.run_id,
+        version=plan.parent,
+        data={
+            "parent_root": plan.parent_root,
+            "requests": len(plan.requests),
+            "settings": digest_json(plan.settings.model_dump(mode="json")),
+            "limits": plan.settings.gate.model_dump(mode="json"),
+            "code": plan.code,
+        },
+    )
+
+
 def references_digest(workspace: Workspace) -> str:
-    """Digest of all reference texts."""
-    return digest_json({
+    """Keyed digest of all reference texts: a plan is kept as evidence, and no plain digest of a text may be in it."""
+    digests = {
         str(path.relative_to(workspace.reference)): digest_file(path)
         for kind in ("retain", "kept", "heldout")
         for path in sorted((workspace.reference / kind).glob("*.txt"))
-    })  # fmt: skip
+    }
+    return Vault(workspace.vault).commitment(canonical_json(digests).decode())
 
 
 def clean(folder: Path) -> None:
     """Delete the large files of a run; its records stay."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.suffix in (".safetensors", ".restored"):
-            path.unlink()
+    with explained_space(folder):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.suffix in (".safetensors", ".restored"):
+                path.unlink()
 
 
 def open_run(workspace_root: str | Path, run_id: str) -> Run:

@@ -141,6 +141,14 @@ class EvaluateSettings(Section):
     """Passages per text that are continued greedily, spread evenly over the text; 0 turns generation off."""
 
 
+class StoreSettings(Section):
+    """How versions are kept."""
+
+    keyframe_every: int = Field(32, ge=1)
+    """Every n-th version of a line is kept whole, the others as deltas against their parents; 1 keeps every version
+    whole. A restore reads the whole files once and each delta on the way once."""
+
+
 class RuntimeSettings(Section):
     """Where and how the numbers are computed."""
 
@@ -162,6 +170,7 @@ class Settings(Section):
     calibrate: CalibrateSettings = CalibrateSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     gate: GateSettings = GateSettings()
+    store: StoreSettings = StoreSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
 

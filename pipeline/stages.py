@@ -29,7 +29,7 @@ from pipeline.errors import StoreDamaged
 from pipeline.evaluate import score_texts
 from pipeline.gate import decide
 from pipeline.index import DedupeIndex
-from pipeline.ledger import Ledger, request_states
+from pipeline.ledger import Ledger
 from pipeline.merge import merge
 from pipeline.metrics import exact_memorisation, score_passages
 from pipeline.models import (
@@ -56,6 +56,7 @@ from pipeline.runs import open_run
 from pipeline.safefile import read_header
 from pipeline.saliency import WeightedPassages, accumulate_gradients, select
 from pipeline.sparse import load_mask, load_vector, save_mask
+from pipeline.states import excluded
 from pipeline.unlearn import fit_full, mismatched, repair
 from pipeline.vault import Vault
 
@@ -74,10 +75,13 @@ def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
             if vault.commitment(request.text) != commitment:
                 raise StoreDamaged(f"{request.request_id}: its text in the vault is not the one that was received.")
         with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
-            states = request_states(ledger.entries())
-        done = [name for name, state in states.items() if state.state in ("applied", "folded")]
+            states = excluded(ledger.entries(), run.plan.parent)
+        done = [name for name, state in states.items() if state.decision != "repeat"]
         with DedupeIndex.open(run.workspace.index) as index:
-            # The index is derived: what a killed run published but did not index is added here.
+            # The index is derived: what a killed run published but did not index is added here, and what the parent
+            # does not exclude any more, after a rollback or a withdrawal, is removed.
+            for name in set(index.ids()).difference(done):
+                index.remove(name)
             for name in done:
                 if name not in index.ids():
                     index.add(name, vault.get(name).text)

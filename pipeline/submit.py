@@ -11,8 +11,9 @@ from pathlib import Path
 
 from pipeline.errors import InvalidInput, Problem
 from pipeline.intake import TakedownBatch, read_batch
-from pipeline.ledger import Ledger, known_batches, request_states
+from pipeline.ledger import Ledger
 from pipeline.records import Event, TakedownRequest
+from pipeline.states import known_batches, request_states
 from pipeline.vault import Vault
 from pipeline.workspace import Workspace, writing
 
@@ -88,7 +89,7 @@ def submit_or_resume(workspace: Workspace, path: Path, actor: str) -> list[str]:
     batch = taken_in(workspace, path) or submit(workspace, path, actor)
     with Ledger.open(workspace.ledger, read_only=True) as ledger:
         states = request_states(ledger.entries())
-    return [r.request_id for r in batch.requests if states[r.request_id].state in ("waiting", "refused")]
+    return [r.request_id for r in batch.requests if states[r.request_id].to_do]
 
 
 def take_inbox(workspace: Workspace, actor: str) -> list[str]:

@@ -1,46 +1,93 @@
 """Re-check everything that a workspace keeps as evidence.
 
-In: a workspace. Out: every break, named. Never: a write, a lock, an exception for damaged content. A running publish
-is seen like an interrupted one: objects, then a manifest, that the ledger does not name yet.
+In: a workspace, and checkpoints that somebody kept elsewhere. Out: every break, named. Never: a write, a lock, an
+exception for damaged content. A running publish is seen like an interrupted one: contents, then a manifest, that the
+ledger does not name yet.
 
-What it cannot see without a digest noted elsewhere (`Ledger.head`): a ledger cut after an entry together with the
-manifests and vault records that came later, or rewritten from some point on with all digests computed anew.
+What it cannot see without a checkpoint kept elsewhere: a ledger cut back, together with everything it named, to an
+earlier checkpoint; or rewritten by somebody who has the signing key.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
-from pipeline.errors import NotAWorkspace, StoreDamaged, TakedownError
-from pipeline.ledger import DECISIONS, Ledger
+from pipeline.errors import NotAWorkspace, StoreDamaged, TakedownError, UsageError
+from pipeline.evidence import DECIDED, decisions, evidence_of
+from pipeline.files import digest_bytes, read_whole, unreadable
+from pipeline.keys import log_vkey, model_public_key
+from pipeline.ledger import Ledger
+from pipeline.merkle import leaf_hash, root_of_hashes
+from pipeline.notes import Checkpoint, read_checkpoint
+from pipeline.objects import StoredDelta
+from pipeline.oms import check_model_signature
 from pipeline.records import Break, LedgerEntry, VersionManifest
+from pipeline.states import PUBLISHING, follow, published_versions, purged_versions, unfinished_purge
+from pipeline.storecheck import Depth, StoreCheck, manifest_break
 from pipeline.vault import Vault
-from pipeline.versions import TEMPORARY, StoreCheck, VersionStore, manifest_break
+from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, open_workspace
 
-_ACKNOWLEDGING = ("initialised", "published")
+Entries = tuple[LedgerEntry, ...]
 
 
-def verify(workspace: Workspace) -> list[Break]:
-    """Check marker, ledger, manifests, lineage, every object and the vault against each other.
+def verify(workspace: Workspace, depth: Depth = Depth.FULL, checkpoints: Sequence[Path] = ()) -> list[Break]:
+    """Check marker, keys, ledger, manifests, lineage, requests, evidence, contents, signatures, index and vault.
 
-    Every object is hashed once, however many versions share it.
+    Args:
+        workspace: What to check; only read.
+        depth: How much of the store is re-read, see `pipeline.storecheck`. Quick also leaves out the vault's texts, the
+            index and all but the newest signature.
+        checkpoints: Files with checkpoints of this ledger that were kept elsewhere.
 
     Returns:
         All breaks, in that order; empty when everything holds.
+
+    Raises:
+        UsageError: A file of ``checkpoints`` cannot be read.
     """
     store = VersionStore(workspace.versions)
     # Listed in the opposite order of writing, so that what a running publish adds meanwhile is not a false break.
-    objects = store.object_files()
+    files = store.objects.files()
     numbers = store.numbers()
-    entries, breaks = _check_ledger(workspace)
+    entries, breaks = _check_ledger(workspace, depth, checkpoints)
+    breaks = _check_marker(workspace) + breaks + _check_keys(workspace, entries)
+    purged = purged_versions(entries)
     manifests, found = _check_manifests(store, numbers, entries)
-    breaks = _check_marker(workspace) + breaks + found + _check_lineage(manifests) + _check_requests(manifests, entries)
-    reader = StoreCheck(store)
-    for manifest in manifests.values():
-        breaks += reader.content(manifest)
-    breaks += _check_stray(store, objects, manifests, complete=len(manifests) == len(numbers))
-    return breaks + _check_vault(workspace, entries)
+    breaks += found + _check_lineage(manifests) + _check_requests(manifests, entries)
+    breaks += _check_rollbacks(entries) + _check_purges(entries)
+    check = StoreCheck(store, noted_deltas(entries), depth)
+    kept = {number: manifest for number, manifest in manifests.items() if number not in purged}
+    acknowledged = published_versions(entries)
+    for number, manifest in kept.items():
+        if number in acknowledged:  # of any other it is said above that it does not count; no entry has its digests
+            breaks += check.content(manifest)
+    for entry in decisions(entries).values():
+        for name, digest in evidence_of(entry).items():
+            breaks += check.evidence(f"ledger entry {entry.seq}", name, digest)
+    breaks += _check_stray(store, files, manifests, kept, entries, complete=len(manifests) == len(numbers))
+    if depth is Depth.QUICK:
+        return breaks + _check_unread(store, entries)
+    breaks += _check_signatures(workspace, store, manifests, acknowledged)
+    return breaks + _check_index(workspace, entries) + _check_vault(workspace, entries)
+
+
+def noted_deltas(entries: Sequence[LedgerEntry]) -> dict[str, StoredDelta]:
+    """Delta files by name, as the ledger notes them last; what it notes badly is left out, and so not known."""
+    noted: dict[str, StoredDelta] = {}
+    for entry in entries:
+        found = entry.event.data.get("deltas")
+        for name, facts in found.items() if isinstance(found, Mapping) else ():
+            if isinstance(facts, Mapping):
+                digest, size, changed = facts.get("digest"), facts.get("size"), facts.get("changed")
+                if isinstance(digest, str) and isinstance(size, int) and isinstance(changed, int):
+                    noted[str(name)] = StoredDelta(str(name), digest, size, changed)
+    return noted
+
+
+# --- marker, keys, ledger ---------------------------------------------------------------------------------
 
 
 def _check_marker(workspace: Workspace) -> list[Break]:
@@ -52,36 +99,85 @@ def _check_marker(workspace: Workspace) -> list[Break]:
     return []
 
 
-def _check_ledger(workspace: Workspace) -> tuple[tuple[LedgerEntry, ...], list[Break]]:
+def _check_ledger(workspace: Workspace, depth: Depth, checkpoints: Sequence[Path]) -> tuple[Entries, list[Break]]:
     try:
         with Ledger.open(workspace.ledger, read_only=True) as ledger:
-            return ledger.examine()
+            entries, breaks = ledger.examine(every_signature=depth is not Depth.QUICK)
+            hashes = [leaf_hash(leaf) for leaf in ledger.leaves()] if checkpoints else []
     except TakedownError as error:
         means = "Nothing proves which version excludes which text."
         return (), [Break(where=workspace.ledger.name, found=str(error), means=means)]
+    for path in checkpoints:
+        breaks += _check_outside(workspace, path, hashes)
+    return entries, breaks
+
+
+def _check_outside(workspace: Workspace, path: Path, hashes: Sequence[bytes]) -> list[Break]:
+    """The ledger must begin with exactly what a checkpoint kept elsewhere signs."""
+    try:
+        note = read_whole(path)
+    except OSError as error:
+        raise UsageError(f"{path}: {unreadable(error)}. Name a checkpoint file.") from error
+    where = f"checkpoint {path.name}"
+    try:
+        outside: Checkpoint = read_checkpoint(note, log_vkey(workspace.keys))
+    except StoreDamaged as error:
+        means = "It is no checkpoint of this lineage, or the lineage's key was exchanged since it was kept."
+        return [Break(where=where, found=str(error), means=means)]
+    if outside.size > len(hashes):
+        found = f"signs {outside.size} entries, the ledger has {len(hashes)}"
+        return [Break(where=where, found=found, means="The ledger was cut back, or is an older copy.")]
+    if root_of_hashes(hashes[: outside.size]) != outside.root:
+        found = f"the first {outside.size} entries of the ledger have another root"
+        return [Break(where=where, found=found, means="The history was rewritten after this checkpoint was kept.")]
+    return []
+
+
+def _check_keys(workspace: Workspace, entries: Entries) -> list[Break]:
+    """The public keys must be those that the first entry names."""
+    first = next((e for e in entries if e.event.kind == "initialised"), None)
+    named = first.event.data.get("keys") if first else None
+    if not isinstance(named, Mapping):
+        means = "Nobody can say whose keys signed this history."
+        return [Break(where=workspace.ledger.name, found="no first entry names the lineage's keys", means=means)]
+    breaks = []
+    for kind, read in (("log", log_vkey), ("model", lambda folder: model_public_key(folder).decode())):
+        where = f"{workspace.keys.name}/{kind}.pub"
+        means = "The public key was exchanged: what it verifies is not what this lineage signed."
+        try:
+            if read(workspace.keys) != named.get(kind):
+                breaks.append(Break(where=where, found="is not the key that the first entry names", means=means))
+        except (TakedownError, OSError) as error:
+            breaks.append(Break(where=where, found=str(error), means="Signatures cannot be checked without it."))
+    return breaks
+
+
+# --- versions ---------------------------------------------------------------------------------------------
 
 
 def _check_manifests(
-    store: VersionStore, numbers: tuple[int, ...], entries: tuple[LedgerEntry, ...]
+    store: VersionStore, numbers: tuple[int, ...], entries: Entries
 ) -> tuple[dict[int, VersionManifest], list[Break]]:
     """Compare the manifests with the entries that acknowledge them.
 
     Returns:
         Every manifest that can be read, by version, and the breaks.
     """
-    breaks = []
-    manifests = {}
-    digests = {}
+    breaks, manifests, digests = [], dict[int, VersionManifest](), dict[int, str]()
     for number in numbers:
         try:
-            digests[number] = store.manifest_digest(number)
-            manifests[number] = store.manifest(number)
+            data = read_whole(store.manifest_path(number))
+            digests[number] = digest_bytes(data)
+            manifests[number] = store.parse_manifest(number, data)
+        except OSError as error:
+            breaks.append(manifest_break(number, StoreDamaged(unreadable(error))))
         except StoreDamaged as error:
             breaks.append(manifest_break(number, error))
     named: set[int] = set()
+    accepted = {e.event.run_id for e in entries if e.event.kind == "accepted"}
     for entry in entries:
         event, where = entry.event, f"ledger entry {entry.seq}"
-        if event.kind not in _ACKNOWLEDGING:
+        if event.kind not in PUBLISHING:
             continue
         version = event.version
         if version is None:
@@ -91,6 +187,9 @@ def _check_manifests(
             found = f"{event.kind} names v{version}, which an earlier entry published already"
             breaks.append(Break(where=where, found=found, means="A version is published once."))
         named.add(version)
+        if event.kind == "published" and event.run_id not in accepted:
+            found = f"v{version} was published by {event.run_id}, which no earlier entry accepted"
+            breaks.append(Break(where=where, found=found, means="No gate let this version pass."))
         if version not in numbers:
             means = f"v{version} was removed after it was published; it cannot be restored."
             breaks.append(Break(where=f"v{version}", found=f"has no manifest, but {where} published it", means=means))
@@ -99,9 +198,8 @@ def _check_manifests(
             found = f"the manifest has digest {digests[version]}, {where} says {event.data.get('manifest')}"
             means = f"The manifest of v{version} was changed or replaced after it was published."
             breaks.append(Break(where=f"v{version}", found=found, means=means))
-        if version in manifests and event.data.get("root") != manifests[version].root:
-            found = f"the manifest has root {manifests[version].root}, {where} says {event.data.get('root')}"
-            breaks.append(Break(where=f"v{version}", found=found, means=f"v{version} is not what was published."))
+        if version in manifests:
+            breaks += _against_entry(manifests[version], entry)
     newest = max(named, default=-1)
     for number in numbers:
         if number not in named:
@@ -115,7 +213,21 @@ def _check_manifests(
     return manifests, breaks
 
 
-def _check_lineage(manifests: dict[int, VersionManifest]) -> list[Break]:
+def _against_entry(manifest: VersionManifest, entry: LedgerEntry) -> list[Break]:
+    """A manifest and the entry that published it must say the same."""
+    means = f"v{manifest.version} is not what was published."
+    return [
+        Break(
+            where=f"v{manifest.version}",
+            found=f"the manifest has {field} {value}, ledger entry {entry.seq} says {entry.event.data.get(field)}",
+            means=means,
+        )
+        for field, value in (("root", manifest.root), ("parent", manifest.parent))
+        if entry.event.data.get(field) != value
+    ]
+
+
+def _check_lineage(manifests: Mapping[int, VersionManifest]) -> list[Break]:
     """Every version but v0 must come from an earlier one with the root that it names."""
     breaks = []
     means = "The lineage does not hold: nobody can say what this version was made from."
@@ -136,40 +248,123 @@ def _check_lineage(manifests: dict[int, VersionManifest]) -> list[Break]:
     return breaks
 
 
-def _check_stray(
-    store: VersionStore, objects: tuple[Path, ...], manifests: dict[int, VersionManifest], complete: bool
-) -> list[Break]:
-    """Find what no manifest names. Objects are left out while a manifest is unreadable: it might name them."""
+def _check_rollbacks(entries: Entries) -> list[Break]:
+    """Only a version that was published before, and still had its weights, can have been put in force again."""
     breaks = []
-    if complete:
-        named = {store.object_path(file.digest) for manifest in manifests.values() for file in manifest.files}
-        means = "Left by an interrupted or running publish, or put there by hand; no version depends on it."
-        breaks = [
-            Break(where=store.name(path), found="unreferenced object", means=means)
-            for path in objects
-            if path not in named
-        ]
-    known = {store.objects, *(store.manifest_path(number) for number in store.numbers())}
-    for path in sorted(store.folder.iterdir()) if store.folder.is_dir() else ():
-        if path not in known and not path.name.startswith(TEMPORARY):
-            means = "It was put there by hand; no version depends on it."
-            where = store.name(path)
-            breaks.append(Break(where=where, found="does not belong into the version store", means=means))
+    for place, entry in enumerate(entries):
+        version, before = entry.event.version, entries[:place]
+        if entry.event.kind != "rolled-back":
+            continue
+        if version not in published_versions(before) or version in purged_versions(before):
+            found = f"v{version} was put in force, which no earlier entry published, or which was purged"
+            means = "There is no such version, so nothing says which weights were in force from then on."
+            breaks.append(Break(where=f"ledger entry {entry.seq}", found=found, means=means))
     return breaks
 
 
-def _check_requests(manifests: dict[int, VersionManifest], entries: tuple[LedgerEntry, ...]) -> list[Break]:
-    """What the ledger says of a request must agree with itself and with the version that it names."""
+def _check_purges(entries: Entries) -> list[Break]:
+    """A purge that was begun must have been ended: until then nobody can say which weights are gone."""
+    begun = unfinished_purge(entries)
+    if begun is None:
+        return []
+    means = "Weights of old versions may be partly destroyed, partly still there. Run the same purge again."
+    return [Break(where=f"ledger entry {begun.seq}", found="a purge was begun and not ended", means=means)]
+
+
+def _check_stray(
+    store: VersionStore,
+    files: tuple[Path, ...],
+    manifests: Mapping[int, VersionManifest],
+    kept: Mapping[int, VersionManifest],
+    entries: Entries,
+    complete: bool,
+) -> list[Break]:
+    """Find what nothing names. Contents are left out while a manifest is unreadable: it might name them."""
     breaks = []
+    if complete:
+        objects, named = store.objects, set[Path]()
+        digests = {d for m in kept.values() for d in (m.tensors, *(f.digest for f in m.files))}
+        digests |= {manifest.tensors for manifest in manifests.values()}
+        digests |= {d for entry in decisions(entries).values() for d in evidence_of(entry).values()}
+        for digest in digests:
+            try:
+                named.update(objects.paths(digest))
+            except StoreDamaged:  # no digest, so no path either
+                continue
+        if unfinished_purge(entries) is None:
+            purged = {f.digest for m in manifests.values() for f in m.files} - digests
+        else:  # what is still there of the versions concerned is told in one break
+            purged = set()
+            named |= store.named(list(manifests.values()))
+        hidden = {objects.object_path(d) for d in purged} | {
+            objects.delta_path(d, b) for d in purged for b in objects.bases(d)
+        }
+        for path in files:
+            if path in hidden:
+                found, means = "belongs to a purged version", "Weights that were to be destroyed are still there."
+                breaks.append(Break(where=objects.label(path), found=found, means=means))
+            elif path not in named:
+                means = "Left by an interrupted or running publish, or put there by hand; no version depends on it."
+                breaks.append(Break(where=objects.label(path), found="unreferenced object", means=means))
+    for path in store.strangers():
+        means = "It was put there by hand; no version depends on it."
+        where = store.objects.label(path)
+        breaks.append(Break(where=where, found="does not belong into the version store", means=means))
+    return breaks
+
+
+def _check_unread(store: VersionStore, entries: Entries) -> list[Break]:
+    """What a quick look does not read must at least be there."""
+    return [
+        Break(
+            where=f"v{version}: signature",
+            found="is missing",
+            means=f"Whoever receives v{version} cannot verify that it comes from here.",
+        )
+        for version in published_versions(entries)
+        if not store.signature_path(version).is_file()
+    ]
+
+
+def _check_signatures(
+    workspace: Workspace,
+    store: VersionStore,
+    manifests: Mapping[int, VersionManifest],
+    acknowledged: Mapping[int, LedgerEntry],
+) -> list[Break]:
+    """Every version's signature must be the lineage's, over exactly its files, and the one that its entry names."""
+    breaks = []
+    for version in sorted(manifests.keys() & acknowledged.keys()):
+        where, means = f"v{version}: signature", f"Whoever receives v{version} cannot verify that it comes from here."
+        try:
+            bundle = store.signature(version)
+            files = {file.path: file.digest for file in manifests[version].files}
+            check_model_signature(bundle, files, model_public_key(workspace.keys))
+        except (TakedownError, OSError) as error:
+            breaks.append(Break(where=where, found=str(error), means=means))
+            continue
+        entry = acknowledged[version]
+        if digest_bytes(bundle) != entry.event.data.get("signature"):
+            found = f"is not the one that ledger entry {entry.seq} names"
+            breaks.append(Break(where=where, found=found, means="It was made again after the version was published."))
+    return breaks
+
+
+# --- requests ---------------------------------------------------------------------------------------------
+
+
+def _check_requests(manifests: Mapping[int, VersionManifest], entries: Entries) -> list[Break]:
+    """What the ledger says of a request must agree with itself and with the version that it names."""
+    breaks = [
+        Break(
+            where=f"ledger entry {entry.seq}", found=fault, means="An entry was removed, or the order was changed."
+        )
+        for entry, fault in follow(entries)[1]
+    ]  # fmt: skip
     contradicts = "Ledger and version contradict each other."
-    received: set[str | None] = set()
+    received = {e.event.request_id for e in entries if e.event.kind == "received"}
     for entry in entries:
         event, where = entry.event, f"ledger entry {entry.seq}"
-        if event.kind == "received":
-            received.add(event.request_id)
-        elif event.kind in DECISIONS and event.request_id is not None and event.request_id not in received:
-            found = f"request {event.request_id} is {event.kind}, but no earlier entry received it"
-            breaks.append(Break(where=where, found=found, means="An entry was removed, or the order was changed."))
         if event.kind != "applied":
             continue
         if event.version is None:
@@ -183,10 +378,58 @@ def _check_requests(manifests: dict[int, VersionManifest], entries: tuple[Ledger
             if request_id not in received:
                 found = f"lists request {request_id}, which no ledger entry received"
                 breaks.append(Break(where=f"v{version}", found=found, means=contradicts))
+    return breaks + _check_runs(entries)
+
+
+def _check_runs(entries: Entries) -> list[Break]:
+    """A run's limits must have been on record before its result, and its result must name its evidence.
+
+    What it starts from must have been in force when it was planned.
+    """
+    breaks, planned, current = [], set[str | None](), None
+    for entry in entries:
+        event, where = entry.event, f"ledger entry {entry.seq}"
+        if event.kind in (*PUBLISHING, "rolled-back"):
+            current = event.version
+        if event.kind == "planned":
+            planned.add(event.run_id)
+            if event.version not in (None, current):
+                found = f"{event.run_id} was planned on v{event.version}, but v{current} was in force"
+                means = "The entry that put this version in force was removed, or the order was changed."
+                breaks.append(Break(where=where, found=found, means=means))
+        elif event.kind in DECIDED and event.request_id is None:
+            if event.run_id not in planned:
+                found = f"{event.run_id} was {event.kind}, but no earlier entry planned it"
+                breaks.append(Break(where=where, found=found, means="Nobody can say which limits were set beforehand."))
+            if not evidence_of(entry):
+                found = f"{event.run_id} was {event.kind} without evidence"
+                breaks.append(Break(where=where, found=found, means="What was measured cannot be shown."))
     return breaks
 
 
-def _check_vault(workspace: Workspace, entries: tuple[LedgerEntry, ...]) -> list[Break]:
+def _check_index(workspace: Workspace, entries: Entries) -> list[Break]:
+    """Every row of the index must be whole and belong to a request; what is missing is added by the next run."""
+    path = workspace.index / "index.db"
+    if not path.exists() and not path.is_symlink():
+        return []  # derived from the vault; the next run builds it
+    from pipeline.index import DedupeIndex  # datasketch takes longer to import than a quick check may last
+
+    means = "A copy of a taken-down text may be missed. Delete the file; the next run builds it from the vault."
+    received = {e.event.request_id for e in entries if e.event.kind == "received"}
+    if not path.is_file():
+        return [Break(where=workspace.index.name, found=f"{path.name} is not a regular file", means=means)]
+    try:
+        with DedupeIndex.open(workspace.index) as index:
+            ids = index.ids()
+            for name in ids:
+                index.prints(name)
+    except (TakedownError, OSError) as error:
+        return [Break(where=workspace.index.name, found=str(error), means=means)]
+    found = "is indexed, but no ledger entry received it"
+    return [Break(where=f"request {name}", found=found, means=means) for name in ids if name not in received]
+
+
+def _check_vault(workspace: Workspace, entries: Entries) -> list[Break]:
     """Every received request must have its record in the vault, with the text that the ledger committed to."""
     vault = Vault(workspace.vault)
     breaks = []
@@ -195,8 +438,8 @@ def _check_vault(workspace: Workspace, entries: tuple[LedgerEntry, ...]) -> list
     for request_id, event in reversed(received.items()):
         where = f"request {request_id}"
         try:
-            text = vault.get(str(request_id)).text
-            commitment = vault.commitment(text)
+            request = vault.get(str(request_id))
+            commitment = vault.commitment(request.text)
         except StoreDamaged as error:
             breaks.append(Break(where=where, found=f"vault: {error}", means=lost))
         except OSError as error:
@@ -206,6 +449,10 @@ def _check_vault(workspace: Workspace, entries: tuple[LedgerEntry, ...]) -> list
             if event.data.get("commitment") not in (None, commitment):
                 found = "its text in the vault, under the vault's key, is not the one that the ledger committed to"
                 breaks.append(Break(where=where, found=found, means=lost))
+            if (request.batch_id, request.received_at) != _arrival(event.data):
+                found = "its record in the vault names another batch or time than the ledger"
+                means = "Nobody can say from the vault when and with what it arrived; the ledger counts."
+                breaks.append(Break(where=where, found=found, means=means))
     try:
         extra = [request_id for request_id in vault.ids() if request_id not in received]
     except (StoreDamaged, OSError) as error:
@@ -216,3 +463,12 @@ def _check_vault(workspace: Workspace, entries: tuple[LedgerEntry, ...]) -> list
     found = "is in the vault, but no ledger entry received it"
     means = "Intake was interrupted or is running, and submitting it again is safe; or ledger entries were removed."
     return breaks + [Break(where=f"request {request_id}", found=found, means=means) for request_id in extra]
+
+
+def _arrival(data: Mapping[str, object]) -> tuple[object, object]:
+    """Batch and time of a ``received`` event; what is no time stays what it is and is equal to none."""
+    at = data.get("received_at")
+    try:
+        return data.get("batch_id"), datetime.fromisoformat(str(at))
+    except ValueError:
+        return data.get("batch_id"), at

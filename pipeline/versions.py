@@ -1,106 +1,101 @@
-"""The store of published versions: objects named by their digest, and one manifest per version.
+"""The published versions: one manifest each, over contents by digest.
 
-In: a candidate folder. Out: a manifest; later the same folder, bit-exact. Never: an object or a published manifest
-edited, a pickle, a file that was not hashed again after it was written. The caller holds the workspace's write lock
-while it publishes. A manifest counts once the ledger names it; one without is the rest of an interrupted publish.
+In: a candidate folder. Out: a manifest; later the same folder, bit-exact. Never: a published manifest edited, a pickle,
+a version that was not made again from the store before it counts. The caller holds the workspace's write lock while it
+publishes. A manifest counts once the ledger names it; one without is the rest of an interrupted publish.
 
-Layout: ``objects/<first two hex>/<hex>`` (read-only files), ``<six digits>.json``; ``.tmp-*`` is being written.
+Layout: ``<six digits>.json`` the manifest, ``<six digits>.sig`` a signature over the model folder (OpenSSF Model
+Signing), and the contents as `pipeline.objects` keeps them.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
 import re
 import stat
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NamedTuple, NoReturn
 
 from pydantic import ValidationError
 
+from pipeline.delta import TensorSource, rebuild
 from pipeline.digests import TensorDigest, tensor_root
 from pipeline.errors import StoreDamaged, UnsupportedModel, UsageError
 from pipeline.files import (
-    CHUNK_BYTES,
+    TEMPORARY,
     canonical_json,
     digest_bytes,
     digest_file,
     explained_space,
     fsync_folder,
+    make_folder,
+    read_whole,
+    remove,
+    unreadable,
     write_atomic,
+    write_new,
 )
-from pipeline.records import Break, StoredFile, VersionManifest
-from pipeline.safefile import file_and_tensor_digests, is_plain_name, join_tensors, model_root, weight_files
-
-TEMPORARY = ".tmp-"
-"""Prefix of files being written; after a crash they are left and mean nothing."""
+from pipeline.footer import read_footer
+from pipeline.objects import DIGEST, ObjectStore, StoredDelta
+from pipeline.records import StoredFile, VersionManifest
+from pipeline.safefile import (
+    WeightFiles,
+    file_and_tensor_digests,
+    is_plain_name,
+    join_tensors,
+    open_regular,
+    read_header_from,
+    weight_files,
+)
 
 MAY_HOLD_CODE = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".py", ".pyc", ".so"})
 """Pickles and code: run when loaded."""
 MAY_HOLD_WEIGHTS = frozenset({".h5", ".msgpack", ".onnx", ".gguf", ".npy", ".npz"})
 """Weights that no tensor root covers: the text could be kept there unseen."""
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_ROOT = re.compile(r"root-sha256:[0-9a-f]{64}")
-_MANIFEST_NAME = re.compile(r"[0-9]{6}\.json|[1-9][0-9]{6,}\.json")
-_NO_HARD_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+SIGNATURE = "model.sig"
+"""Name of the signature in a model folder; the public tool leaves a file of this name out of what it checks."""
+
+ROOT = re.compile(r"root-sha256:[0-9a-f]{64}")
+_MANIFEST_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.json")
+
+Sign = Callable[[Mapping[str, str], str], bytes]
+"""(file → digest, name) → signature bundle."""
 
 
-def _copy_hashed(source: Path, stream: BinaryIO) -> str:
-    """Copy a file into an open one; returns ``sha256:<hex>`` of the bytes that went through."""
-    hasher = hashlib.sha256()
-    with source.open("rb") as origin:
-        while piece := origin.read(CHUNK_BYTES):
-            hasher.update(piece)
-            stream.write(piece)
-    return f"sha256:{hasher.hexdigest()}"
+class Published(NamedTuple):
+    """What a publish did.
+
+    Attributes:
+        manifest: The manifest, as it is on disk.
+        deltas: The weight files that were kept as deltas.
+        signature: Digest of the signature; None where nobody signed.
+    """
+
+    manifest: VersionManifest
+    deltas: tuple[StoredDelta, ...]
+    signature: str | None
+
+    def facts(self) -> dict[str, object]:
+        """What the ledger says of a publish."""
+        return {
+            "root": self.manifest.root,
+            "manifest": digest_bytes(manifest_bytes(self.manifest)),
+            "parent": self.manifest.parent,
+            "deltas": delta_facts(self.deltas),
+            "signature": self.signature,
+        }
 
 
-@contextmanager
-def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A fresh file to write in a folder; gone at the end, under this name."""
-    fd, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
-    try:
-        with os.fdopen(fd, "wb") as stream:
-            yield Path(name), stream
-    finally:
-        Path(name).unlink(missing_ok=True)
+def delta_facts(deltas: Iterable[StoredDelta]) -> dict[str, object]:
+    """Deltas as events name them."""
+    return {d.name: {"digest": d.digest, "size": d.size, "changed": d.changed} for d in deltas}
 
 
-def _seal(stream: BinaryIO, mode: int) -> None:
-    """Bring a written file to the disk with its final permissions."""
-    stream.flush()
-    os.fchmod(stream.fileno(), mode)
-    os.fsync(stream.fileno())
-
-
-def _place(temporary: Path, target: Path) -> None:
-    """Give a sealed file its final name, never replacing another file, durably."""
-    try:
-        os.link(temporary, target)
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        if target.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-        os.rename(temporary, target)  # noqa: PTH104  (the tests stop the process at each call of os)
-    fsync_folder(target.parent)
-
-
-def _make_folder(folder: Path) -> None:
-    """Create a folder durably; an existing one is fine."""
-    if not folder.is_dir():
-        folder.mkdir(exist_ok=True)
-        fsync_folder(folder.parent)
-
-
-def _candidate_files(folder: Path) -> dict[str, Path]:
+def candidate_files(folder: Path) -> dict[str, Path]:
     """Every file of a model folder by name, after refusing what may not be in one.
 
     Raises:
@@ -116,6 +111,8 @@ def _candidate_files(folder: Path) -> dict[str, Path]:
             problems.append(f"{path.name}: may hold code, or weights that are not safetensors")
         elif not is_plain_name(path.name):
             problems.append(f"{path.name!r}: is not a name that every system can store")
+        elif path.name == SIGNATURE:
+            problems.append(f"{path.name}: has the name under which a version's own signature is checked out")
         else:
             files[path.name] = path
     if problems:
@@ -123,7 +120,7 @@ def _candidate_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _candidate_digests(folder: Path, files: Mapping[str, Path]) -> tuple[dict[str, str], str]:
+def _candidate_digests(folder: Path, files: Mapping[str, Path]) -> tuple[dict[str, str], list[TensorDigest]]:
     """Digest every file of a candidate, and its tensors; returns both, each byte read once."""
     try:
         weights = weight_files(files)
@@ -135,32 +132,50 @@ def _candidate_digests(folder: Path, files: Mapping[str, Path]) -> tuple[dict[st
             digests[name], shards[name] = file_and_tensor_digests(path)
         else:
             digests[name] = digest_file(path)
-    return digests, tensor_root(join_tensors(folder, shards, weights.weight_map))
+    return digests, join_tensors(folder, shards, weights.weight_map)
+
+
+def table_bytes(tensors: Sequence[TensorDigest]) -> bytes:
+    """The table of a version's tensors as it is kept: canonical JSON, sorted by name."""
+    return canonical_json([[t.name, t.dtype, list(t.shape), t.sha256] for t in sorted(tensors)]) + b"\n"
+
+
+def parse_table(data: bytes) -> list[TensorDigest]:
+    """Inverse of `table_bytes`.
+
+    Raises:
+        StoreDamaged: It is not exactly what `table_bytes` gives.
+    """
+    try:
+        tensors = [TensorDigest(n, d, tuple(s), h) for n, d, s, h in json.loads(data)]
+        sound = table_bytes(tensors) == data
+    except (ValueError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise StoreDamaged("A table of tensors is not in the form that is written. Restore it from a backup.")
+    return tensors
 
 
 class VersionStore:
-    """The versions of one lineage, in one folder."""
+    """Published versions in one folder.
+
+    Args:
+        folder: Where they lie, or will lie after the first publish.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.objects = folder / "objects"
-
-    # --- names -------------------------------------------------------------------------------------------
+        self.objects = ObjectStore(folder)
 
     def manifest_path(self, version: int) -> Path:
-        """Where the manifest of a version lies."""
+        """Where a version's manifest lies."""
         return self.folder / f"{version:06d}.json"
 
-    def object_path(self, digest: str) -> Path:
-        """Where the object with a digest (``sha256:<hex>``) lies."""
-        hexes = digest.removeprefix("sha256:")
-        return self.objects / hexes[:2] / hexes
+    def signature_path(self, version: int) -> Path:
+        """Where the signature over a version's model folder lies."""
+        return self.folder / f"{version:06d}.sig"
 
-    def name(self, path: Path) -> str:
-        """A path as named in breaks: from the store's folder on."""
-        return str(path.relative_to(self.folder.parent))
-
-    # --- publish -----------------------------------------------------------------------------------------
+    # --- publish -------------------------------------------------------------------------------------------
 
     def publish(
         self,
@@ -174,106 +189,169 @@ class VersionStore:
         settings: Mapping[str, object],
         report: Mapping[str, object],
         software: Mapping[str, str],
+        keyframe_every: int = 32,
+        sign: Sign | None = None,
         replace_orphan: bool = False,
-    ) -> VersionManifest:
-        """Store a candidate as a version: objects, then everything read back, then the manifest.
+    ) -> Published:
+        """Publish a candidate: contents, check, signature, manifest, in this order, each durable before the next.
 
-        Publishing identical content again changes nothing and returns the stored manifest, so a killed run simply
-        repeats the call.
+        Weight files are kept as deltas against the parent's of the same name while the chain is short enough and that
+        saves space. Publishing the same again changes nothing, so an interrupted publish is simply repeated.
 
         Args:
-            candidate: A flat model folder; every file in it becomes part of the version.
-            version: Its number.
-            parent: Manifest that it was made from; None for v0 only.
+            candidate: Model folder; only read.
+            version: Number to publish under; 0 exactly for a version without parent.
+            parent: Manifest that it was made from.
             created_at: When, with zone.
             run_id: Run that made it.
-            requests: Requests that it is the first to exclude.
+            requests: Requests that this version is the first to exclude.
             settings: Resolved settings.
-            report: Summary of what was done and measured; ids and numbers, never texts.
-            software: Versions of the software.
-            replace_orphan: Replace a different manifest of this number. Only for one that the ledger does not name.
-
-        Returns:
-            The manifest as stored.
+            report: Summary for the manifest; JSON.
+            software: Versions of what computed it.
+            keyframe_every: Every n-th version of a line is kept whole.
+            sign: Makes the signature over the model folder.
+            replace_orphan: A manifest of this number that the ledger does not name, of an interrupted publish, is
+                replaced where it differs.
 
         Raises:
-            UnsupportedModel: The folder holds what may not be stored; nothing was written.
-            UsageError: Another manifest has this number, and ``replace_orphan`` is not set or later versions exist.
-            StoreDamaged: The candidate is not a sound model, or what was written does not read back the same.
-            NoSpace: The disk is full or read-only. Nothing of the version is visible.
-            ValueError: A parent that cannot be one, a time without zone, or settings or a report with NaN.
+            UnsupportedModel: The candidate is not a plain safetensors model folder.
+            StoreDamaged: Something was read back differently from what was written, the parent does not hold, or the
+                version made again from the store has another tensor root.
+            UsageError: The version exists with other content.
+            NoSpace: The disk is full or read-only.
+            ValueError: Wrong call: numbers, time zone, NaN.
         """
-        if (parent is None) != (version == 0) or (parent is not None and parent.version >= version):
-            raise ValueError(f"version {version} cannot have parent {parent and parent.version}")
+        if (version == 0) != (parent is None) or (parent is not None and parent.version >= version):
+            raise ValueError(f"v{version} cannot follow {f'v{parent.version}' if parent else 'nothing'}")
         if created_at.tzinfo is None:
             raise ValueError("created_at needs a zone")
         canonical_json([dict(settings), dict(report)])  # refuses what pydantic would write as null: NaN, infinity
         if parent is not None and (stored := self.manifest(parent.version)) != parent:
             raise StoreDamaged(f"v{parent.version}: the store has root {stored.root}, the caller {parent.root}.")
-        files = _candidate_files(candidate)
-        digests, root = _candidate_digests(candidate, files)
+        files = candidate_files(candidate)
+        digests, tensors = _candidate_digests(candidate, files)
+        root = tensor_root(tensors)
         with explained_space(self.folder):
-            _make_folder(self.folder)
-            _make_folder(self.objects)
-            stored_files = tuple(self._store(name, path, digests[name]) for name, path in files.items())
-        manifest = VersionManifest(
-            version=version,
-            root=root,
-            parent=parent.version if parent else None,
-            parent_root=parent.root if parent else None,
-            created_at=created_at,
-            run_id=run_id,
-            requests=tuple(requests),
-            files=stored_files,
-            settings=dict(settings),
-            report=dict(report),
-            software=dict(software),
-        )
-        self._check_root(manifest)
-        self._write_manifest(manifest, replace_orphan)
-        return self.manifest(version)
+            make_folder(self.folder)
+            before = {f.path: f.digest for f in parent.files} if parent else {}
+            known = {t.name: t.sha256 for t in self.tensors(parent)} if parent else {}
+            deltas = [
+                self._keep(files[name], digest, tensors, before.get(name), known, keyframe_every)
+                for name, digest in digests.items()
+            ]
+            manifest = VersionManifest(
+                version=version,
+                root=root,
+                parent=parent.version if parent else None,
+                parent_root=parent.root if parent else None,
+                created_at=created_at,
+                run_id=run_id,
+                requests=tuple(requests),
+                files=tuple(_stored_file(files[name], digest) for name, digest in digests.items()),
+                tensors=self.objects.put_bytes(table_bytes(tensors)),
+                settings=dict(settings),
+                report=dict(report),
+                software=dict(software),
+            )
+            self.check_restores(manifest)
+            there = self._is_there(manifest, replace_orphan)  # refuses before a signature is written over
+            signature = self._write_signature(version, sign(digests, f"v{version}")) if sign else None
+            if not there:
+                self._write_manifest(manifest)
+        return Published(self.manifest(version), tuple(d for d in deltas if d), signature)
 
-    def _store(self, name: str, source: Path, digest: str) -> StoredFile:
-        """Make sure that a file's content is an object; one that is there already is hashed again."""
-        target = self.object_path(digest)
-        if not target.exists():
-            _make_folder(target.parent)
-            with _temporary(target.parent) as (temporary, stream):
-                if _copy_hashed(source, stream) != digest:
-                    raise StoreDamaged(f"{source}: changed while it was published. Run the same command again.")
-                _seal(stream, 0o444)
-                if digest_file(temporary) != digest:
-                    self._damaged(temporary, f"reads back differently from what was written ({name})")
-                _place(temporary, target)
-        elif (found := digest_file(target)) != digest:
-            self._damaged(target, f"holds {found}; it was changed after it was written")
-        return StoredFile(path=name, digest=digest, size=target.stat().st_size)
+    def _keep(
+        self,
+        path: Path,
+        digest: str,
+        tensors: Sequence[TensorDigest],
+        before: str | None,
+        known: Mapping[str, str],
+        keyframe_every: int,
+    ) -> StoredDelta | None:
+        """Keep one file of a candidate, as a delta where there is a base.
 
-    def _write_manifest(self, manifest: VersionManifest, replace_orphan: bool) -> None:
+        Args:
+            path: The file.
+            digest: Its digest.
+            tensors: The candidate's tensors, of all files.
+            before: Digest of the parent's file of the same name.
+            known: Name → hex digest of the parent's tensors.
+            keyframe_every: Every n-th version of a line is kept whole.
+        """
+        objects = self.objects
+        if before is not None and path.suffix == ".safetensors" and not objects.is_whole(digest):
+            chain = objects.chain(before)
+            if chain is not None and before == digest:
+                return None  # unchanged, and made by deltas; `check_restores` reads it
+            if (
+                chain is not None
+                and len(chain) < keyframe_every
+                and (delta := objects.put_delta(path, digest, before, tensors))
+            ):
+                self._check_base(objects.delta_path(digest, before), known)
+                return delta
+        objects.put(path, digest)
+        return None
+
+    def _check_base(self, delta: Path, known: Mapping[str, str]) -> None:
+        """A delta must be made on the tensors that were published: the base itself is not hashed while it is read."""
+        wrong = [t.name for t in read_footer(delta).tensors if t.pre != known.get(t.name)]
+        if wrong:
+            self.objects.drop([delta])  # it does not belong to what a backup of the base holds
+            raise StoreDamaged(
+                f"{self.objects.label(delta)}: its base holds another tensor {wrong[0]!r} than was published. Restore "
+                "the base from a backup; `takedown verify` lists all breaks."
+            )
+
+    def check_restores(self, manifest: VersionManifest) -> None:
+        """Make a version again from the store, tensor by tensor, and compare its root with the manifest's.
+
+        Raises:
+            StoreDamaged: It cannot be made, or is another one.
+        """
+        files = {file.path: file for file in manifest.files}
+        weights = weight_files({name: self.objects.object_path(file.digest) for name, file in files.items()})
+        shards = {name: rebuild(self._source(files[name]), None) for name in weights.names}
+        self._check_root(manifest, weights, shards)
+
+    def _source(self, file: StoredFile) -> TensorSource:
+        return self.objects.source_with(file.digest, file.header or "no header")
+
+    def _write_signature(self, version: int, bundle: bytes) -> str:
+        path = self.signature_path(version)
+        if not path.exists() or path.read_bytes() != bundle:
+            write_atomic(path, bundle, mode=0o444)  # over that of an orphan; a published one is the same bytes
+        return digest_bytes(bundle)
+
+    def _is_there(self, manifest: VersionManifest, replace_orphan: bool) -> bool:
+        """Whether the manifest is on disk already; refuses where another one is that may not be replaced."""
         path = self.manifest_path(manifest.version)
-        data = _manifest_bytes(manifest)
-        if path.exists():
-            try:
-                existing = self.manifest(manifest.version)
-                if _manifest_bytes(existing.model_copy(update={"created_at": manifest.created_at})) == data:
-                    return
-            except StoreDamaged:
-                if not replace_orphan:
-                    raise
-            # An orphan is always the newest: the next publish, under the same number, comes before any later one.
-            if not replace_orphan or self.numbers()[-1] > manifest.version:
-                raise UsageError(
-                    f"{path}: v{manifest.version} exists with other content, and a published version is never "
-                    "replaced. Publish under the next number."
-                )
-            write_atomic(path, data, mode=0o444)
-            return
-        with explained_space(path), _temporary(self.folder) as (temporary, stream):
-            stream.write(data)
-            _seal(stream, 0o444)
-            _place(temporary, path)
+        if not path.exists():
+            return False
+        try:
+            existing = self.manifest(manifest.version).model_copy(update={"created_at": manifest.created_at})
+            if manifest_bytes(existing) == manifest_bytes(manifest):
+                return True
+        except StoreDamaged:
+            if not replace_orphan:
+                raise
+        # An orphan is always the newest: the next publish, under the same number, comes before any later one.
+        if not replace_orphan or self.numbers()[-1] > manifest.version:
+            raise UsageError(
+                f"{path}: v{manifest.version} exists with other content, and a published version is never "
+                "replaced. Publish under the next number."
+            )
+        return False
 
-    # --- read --------------------------------------------------------------------------------------------
+    def _write_manifest(self, manifest: VersionManifest) -> None:
+        path = self.manifest_path(manifest.version)
+        if path.exists():
+            write_atomic(path, manifest_bytes(manifest), mode=0o444)
+        else:
+            write_new(path, manifest_bytes(manifest))
+
+    # --- read ----------------------------------------------------------------------------------------------
 
     def numbers(self) -> tuple[int, ...]:
         """Versions that have a manifest, ascending; the ledger says which of them count."""
@@ -289,14 +367,24 @@ class VersionStore:
         """
         path = self.manifest_path(version)
         try:
-            data = path.read_bytes()
+            data = read_whole(path)
+        except OSError as error:
+            self._damaged(path, unreadable(error))
+        return self.parse_manifest(version, data)
+
+    def parse_manifest(self, version: int, data: bytes) -> VersionManifest:
+        """Check the bytes of a manifest.
+
+        Raises:
+            StoreDamaged: They are not exactly what `publish` writes for this version.
+        """
+        path = self.manifest_path(version)
+        try:
             manifest = VersionManifest.model_validate(json.loads(data))
-            sound = _manifest_bytes(manifest) == data
-        except FileNotFoundError:
-            self._damaged(path, "is missing")
+            sound = manifest_bytes(manifest) == data
         except ValidationError as error:
             self._damaged(path, f"is not a manifest ({'.'.join(str(p) for p in error.errors()[0]['loc'])})")
-        except (OSError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             self._damaged(path, f"cannot be read ({error})")
         names = [file.path for file in manifest.files]
         if not sound or len(set(names)) != len(names):
@@ -305,7 +393,9 @@ class VersionStore:
             self._damaged(path, f"is the manifest of v{manifest.version}")
         if bad := [name for name in names if not is_plain_name(name)]:
             self._damaged(path, f"names a file outside the model folder ({bad[0]!r})")
-        if not _ROOT.fullmatch(manifest.root) or not all(_DIGEST.fullmatch(file.digest) for file in manifest.files):
+        digests = [*(file.digest for file in manifest.files), manifest.tensors]
+        digests += [file.header or "none" for file in manifest.files if file.path.endswith(".safetensors")]
+        if not ROOT.fullmatch(manifest.root) or not all(DIGEST.fullmatch(digest) for digest in digests):
             self._damaged(path, "holds something that is not a digest")
         return manifest
 
@@ -317,18 +407,46 @@ class VersionStore:
         """
         path = self.manifest_path(version)
         try:
-            return digest_bytes(path.read_bytes())
+            return digest_bytes(read_whole(path))
         except OSError as error:
-            self._damaged(path, f"cannot be read ({error.strerror})")
+            self._damaged(path, unreadable(error))
 
-    def restore(self, version: int, folder: Path, link: bool = False) -> VersionManifest:
+    def signature(self, version: int) -> bytes:
+        """The signature over a version's model folder.
+
+        Raises:
+            StoreDamaged: It is missing or cannot be read.
+        """
+        path = self.signature_path(version)
+        try:
+            return read_whole(path)
+        except OSError as error:
+            self._damaged(path, unreadable(error))
+
+    def tensors(self, manifest: VersionManifest) -> list[TensorDigest]:
+        """The table of a version's tensors, checked against its root.
+
+        Raises:
+            StoreDamaged: It is missing, changed, or has another root.
+        """
+        tensors = parse_table(self.objects.read(manifest.tensors))
+        if (found := tensor_root(tensors)) != manifest.root:
+            raise StoreDamaged(
+                f"v{manifest.version}: its table of tensors has root {found}, its manifest says {manifest.root}."
+            )
+        return tensors
+
+    def restore(self, version: int, folder: Path, link: bool = False, sign: bool = False) -> VersionManifest:
         """Write a version's model folder, exactly the files that were published, every byte hashed on the way.
+
+        Memory: a few blocks of 4 M entries, whatever the size of the model.
 
         Args:
             version: Which.
             folder: Where; must be absent or empty.
             link: Hard-link the store's own read-only files instead of copying (copies where that is impossible).
                 Faster, but whoever writes into such a file in place damages the store: only for readers.
+            sign: Also write the signature that was made when it was published, as ``model.sig``.
 
         Raises:
             UsageError: The folder is not empty.
@@ -343,69 +461,57 @@ class VersionStore:
         with explained_space(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                for file in manifest.files:
-                    target = folder / file.path
-                    written.append(target)
-                    self._restore_file(version, file, target, link)
-                if (found := model_root(folder)) != manifest.root:
-                    raise StoreDamaged(f"v{version}: its weights have root {found}, its manifest says {manifest.root}.")
+                self._write_files(manifest, folder, link, written)
+                if sign:
+                    written.append(folder / SIGNATURE)
+                    write_new(folder / SIGNATURE, self.signature(version), mode=0o644)
                 fsync_folder(folder)
             except BaseException:
                 for path in written:
-                    path.unlink(missing_ok=True)
+                    remove(path)
                 if made:
                     with suppress(OSError):
                         folder.rmdir()
                 raise
         return manifest
 
-    def _restore_file(self, version: int, file: StoredFile, target: Path, link: bool) -> None:
-        source = self.object_path(file.digest)
-        if not source.is_file():
+    def _write_files(self, manifest: VersionManifest, folder: Path, link: bool, written: list[Path]) -> None:
+        """Write all files of a version, noting each before it is begun, and compare the weights with the root."""
+        shards = dict[str, list[TensorDigest]]()
+        for file in manifest.files:
+            target = folder / file.path
+            written.append(target)
+            try:
+                if file.path.endswith(".safetensors"):
+                    header = file.header or "no header"
+                    shards[file.path] = self.objects.write_weights(file.digest, header, target, link)
+                else:
+                    self.objects.write_out(file.digest, target, link)
+            except StoreDamaged as error:
+                raise StoreDamaged(f"v{manifest.version}: {file.path}: {error}") from None
+        self._check_root(manifest, weight_files({f.path: folder / f.path for f in manifest.files}), shards)
+
+    def _check_root(
+        self, manifest: VersionManifest, weights: WeightFiles, shards: Mapping[str, list[TensorDigest]]
+    ) -> None:
+        found = tensor_root(join_tensors(f"v{manifest.version}", shards, weights.weight_map))
+        if found != manifest.root:
             raise StoreDamaged(
-                f"v{version}: {file.path}: its object {self.name(source)} is missing. Restore it from a backup."
-            )
-        if link and _hard_link(source, target):
-            found = digest_file(target)
-        else:
-            with target.open("xb") as stream:
-                found = _copy_hashed(source, stream)
-                _seal(stream, 0o644)
-        if found != file.digest:
-            raise StoreDamaged(
-                f"v{version}: {file.path}: its object {self.name(source)} holds {found}; it was changed after it was "
-                "published. Restore it from a backup."
+                f"v{manifest.version}: its weights have root {found}, its manifest says {manifest.root}."
             )
 
-    # --- check -------------------------------------------------------------------------------------------
+    # --- what is left over ---------------------------------------------------------------------------------
 
-    def check(self, version: int) -> list[Break]:
-        """Check one version: its manifest, every object, the tensor root. Never raises on damaged content."""
-        return StoreCheck(self).version(version)
+    def named(self, manifests: Sequence[VersionManifest]) -> set[Path]:
+        """Every object and delta that versions are read from."""
+        digests = {d for m in manifests for d in (m.tensors, *(f.digest for f in m.files))}
+        return {path for digest in digests for path in self.objects.paths(digest)}
 
-    def unreferenced(self) -> tuple[Path, ...]:
-        """Objects that no manifest names: left by an interrupted publish, or foreign.
+    def collect(self, evidence: Sequence[str] = ()) -> tuple[Path, ...]:
+        """Remove temporary files, and objects of interrupted publishes; the caller holds the write lock.
 
-        Raises:
-            StoreDamaged: A manifest cannot be read, so that nobody knows what it names.
-        """
-        # Objects are listed first: a publish that runs meanwhile adds objects before their manifest.
-        objects = self.object_files()
-        named = {self.object_path(f.digest) for n in self.numbers() for f in self.manifest(n).files}
-        return tuple(path for path in objects if path not in named)
-
-    def object_files(self) -> tuple[Path, ...]:
-        """Everything under ``objects/`` but folders and temporary files, sorted."""
-        return tuple(
-            sorted(
-                path
-                for path in self.objects.rglob("*")
-                if not path.name.startswith(TEMPORARY) and (path.is_symlink() or not path.is_dir())
-            )
-        )
-
-    def collect(self) -> tuple[Path, ...]:
-        """Remove temporary files and unreferenced objects of interrupted publishes; the caller holds the write lock.
+        Args:
+            evidence: Digests of contents that no manifest names and that are to stay.
 
         Returns:
             What was removed.
@@ -413,111 +519,39 @@ class VersionStore:
         Raises:
             StoreDamaged: A manifest cannot be read; nothing was removed.
         """
-        garbage = (*self.unreferenced(), *self.folder.glob(f"{TEMPORARY}*"), *self.objects.glob(f"*/{TEMPORARY}*"))
-        for path in garbage:
-            path.unlink()
+        named = self.named([self.manifest(number) for number in self.numbers()])
+        named |= {self.objects.object_path(digest) for digest in evidence}
+        stray = [path for path in self.objects.files() if path not in named]
+        garbage = (*stray, *self.objects.temporary_files(), *self._stray_signatures())
+        self.objects.drop(list(garbage))
         return garbage
 
-    def _check_root(self, manifest: VersionManifest) -> None:
-        """Read every object of a version back and compare with what its manifest says."""
-        if breaks := StoreCheck(self).content(manifest):
-            raise StoreDamaged(
-                "\n".join(f"{b.where}: {b.found}. {b.means}" for b in breaks) + "\nThe version was not published."
-            )
+    def _stray_signatures(self) -> list[Path]:
+        return [p for p in self.folder.glob("*.sig") if not p.with_suffix(".json").exists()]
+
+    def strangers(self) -> list[Path]:
+        """Files and folders of the store that this product does not put there."""
+        if not self.folder.is_dir():
+            return []
+        known = {self.objects.objects, self.objects.deltas}
+        for number in self.numbers():
+            known |= {self.manifest_path(number), self.signature_path(number)}
+        return [p for p in sorted(self.folder.iterdir()) if p not in known and not p.name.startswith(TEMPORARY)]
 
     def _damaged(self, path: Path, found: str) -> NoReturn:
         raise StoreDamaged(f"{path}: {found}. Restore it from a backup; `takedown verify` lists all breaks.")
 
 
-class StoreCheck:
-    """Checks versions of one store, reading each object once however many versions share it."""
-
-    def __init__(self, store: VersionStore) -> None:
-        self._store = store
-        self._objects: dict[str, str | None] = {}
-        self._tensors: dict[str, list[TensorDigest]] = {}
-
-    def version(self, version: int) -> list[Break]:
-        """All breaks of one version."""
-        try:
-            manifest = self._store.manifest(version)
-        except StoreDamaged as error:
-            return [manifest_break(version, error)]
-        return self.content(manifest)
-
-    def content(self, manifest: VersionManifest) -> list[Break]:
-        """All breaks between a manifest and the objects that it names."""
-        where = f"v{manifest.version}"
-        breaks = []
-        for file in manifest.files:
-            if (found := self._object(file)) is not None:
-                path = self._store.object_path(file.digest)
-                means = f"{where} cannot be restored, nor any other version that shares this file."
-                breaks.append(Break(where=f"{self._store.name(path)} ({where}: {file.path})", found=found, means=means))
-        if breaks:
-            return breaks
-        paths = {file.path: self._store.object_path(file.digest) for file in manifest.files}
-        digests = {file.path: file.digest for file in manifest.files}
-        try:
-            weights = weight_files(paths)
-            shards = {name: self._weights(digests[name]) for name in weights.names}
-            root = tensor_root(join_tensors(where, shards, weights.weight_map))
-        except (StoreDamaged, UnsupportedModel) as error:
-            return [Break(where=where, found=str(error), means="Its files are not the model that was published.")]
-        if root != manifest.root:
-            found = f"weights have root {root}, the manifest says {manifest.root}"
-            return [Break(where=where, found=found, means="The manifest speaks of other weights than it names.")]
-        return []
-
-    def _object(self, file: StoredFile) -> str | None:
-        """What is wrong with an object, or None; each digest is read once."""
-        if file.digest not in self._objects:
-            self._objects[file.digest] = self._read(file)
-        found = self._objects[file.digest]
-        if found is None and (size := self._store.object_path(file.digest).stat().st_size) != file.size:
-            return f"has {size} bytes, the manifest says {file.size}"
-        return found
-
-    def _read(self, file: StoredFile) -> str | None:
-        path = self._store.object_path(file.digest)
-        try:
-            if not stat.S_ISREG(path.lstat().st_mode):
-                return "is not a regular file"
-            if file.path.endswith(".safetensors"):
-                found, self._tensors[file.digest] = file_and_tensor_digests(path)
-            else:
-                found = digest_file(path)
-        except FileNotFoundError:
-            return "is missing"
-        except OSError as error:
-            return f"cannot be read ({error.strerror})"
-        except StoreDamaged as error:
-            return f"was changed after it was published: {error}"
-        return None if found == file.digest else f"holds {found}; it was changed after it was published"
-
-    def _weights(self, digest: str) -> list[TensorDigest]:
-        if digest not in self._tensors:  # the same bytes are also a file with another ending
-            self._tensors[digest] = file_and_tensor_digests(self._store.object_path(digest))[1]
-        return self._tensors[digest]
+def _stored_file(path: Path, digest: str) -> StoredFile:
+    """A candidate's file as its manifest names it."""
+    header = None
+    if path.suffix == ".safetensors":
+        stream, size = open_regular(path)
+        with stream:
+            header = digest_bytes(read_header_from(path, stream, size)[1])
+    return StoredFile(path=path.name, digest=digest, size=path.stat().st_size, header=header)
 
 
-def manifest_break(version: int, error: StoreDamaged) -> Break:
-    """A manifest that cannot be read, as a break."""
-    return Break(
-        where=f"v{version}", found=str(error), means=f"Nobody can say what v{version} is; it cannot be restored."
-    )
-
-
-def _manifest_bytes(manifest: VersionManifest) -> bytes:
+def manifest_bytes(manifest: VersionManifest) -> bytes:
+    """A manifest as it is written."""
     return canonical_json(manifest.model_dump(mode="json")) + b"\n"
-
-
-def _hard_link(source: Path, target: Path) -> bool:
-    """Link a file; False where the file system cannot."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno in _NO_HARD_LINKS:
-            return False
-        raise
-    return True

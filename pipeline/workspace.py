@@ -20,7 +20,7 @@ from pipeline.errors import NotAWorkspace, WorkspaceBusy
 from pipeline.files import read_json
 from pipeline.settings import Settings, read_settings
 
-FORMAT = 1
+FORMAT = 2
 """Layout version; raised when an older release could misread a workspace."""
 
 
@@ -57,6 +57,15 @@ class Workspace:
     @property
     def ledger(self) -> Path:
         return self.root / "ledger.db"
+
+    @property
+    def keys(self) -> Path:
+        return self.root / "keys"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest signed checkpoint of the ledger; keep copies of it elsewhere."""
+        return self.root / "checkpoint"
 
     @property
     def runs(self) -> Path:

@@ -22,10 +22,11 @@ import pytest
 import workspaces
 from workspaces import UNSEEN, WORKS, copied, write_batch
 
-from flows import cli
+from flows import cli, reading
 from pipeline import submit as submit_module
 from pipeline.errors import InvalidInput
-from pipeline.ledger import Ledger, request_states
+from pipeline.ledger import Ledger
+from pipeline.states import request_states
 from pipeline.submit import submit_or_resume, take_inbox
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
@@ -106,14 +107,31 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 def test_reading_verbs_answer_in_text(takedown: Takedown, published: Path) -> None:
     expected = {
-        ("status",): ["Current version: v1", "applied", "folded", "not-memorised", "Nothing waits."],
-        ("log",): ["initialised", "received", "applied", "folded", "not-memorised", "published", "tester"],
+        ("status",): ["Current version: v1", "verified", "verified (folded)", "not-memorised", "Nothing waits."],
+        ("log",): [
+            "initialised",
+            "received",
+            "planned",
+            "accepted",
+            "applied",
+            "folded",
+            "not-memorised",
+            "published",
+            "verified",
+            "tester",
+            "takedown-pipeline/",
+        ],
         ("versions",): ["v0", "superseded", "v1", "current", "A, B"],
         ("show", "v1"): ["excludes first: A, B", "parent v0", "model.safetensors", "sha256:"],
-        ("show", "v0"): ["made", "by init, parent none", "excludes first: nothing"],
-        ("show", "A"): ["A: applied, excluded since v1", "exact_memorisation"],
+        ("show", "v0"): ["made", "by init (tester), parent none", "excludes first: nothing"],
+        ("show", "A"): ["A: verified, excluded since v1", "exact_memorisation", "limit", "ledger entry"],
         ("show", "C"): ["C: not-memorised", "memorised: 0"],
         ("verify",): ["Everything matches"],
+        ("verify", "--quick"): ["Everything is there and signed"],
+        ("verify", "--deep"): ["made again from the store"],
+        ("first-version", "A"): ["v1  root-sha256:"],
+        ("diff", "v0", "v1"): ["v0 → v1", "entries differ", "model.layers", "excluded first: A, B", "changed"],
+        ("diff", "v1", "v1"): ["have the same weights"],
     }
     for verb, words in expected.items():
         answer = takedown("-w", published, *verb)
@@ -131,13 +149,17 @@ def test_reading_verbs_answer_in_json(takedown: Takedown, published: Path) -> No
     status = ask("status")
     assert status["current"] == 1
     assert {r["request_id"]: r["state"] for r in status["requests"]} == {
-        "A": "applied", "B": "folded", "C": "not-memorised",
+        "A": "verified", "B": "verified", "C": "not-memorised",
     }  # fmt: skip
     log = ask("log")
     assert [e["seq"] for e in log] == list(range(1, len(log) + 1))
-    assert log[-1]["event"]["kind"] == "published"
+    assert [e["event"]["kind"] for e in log][:2] == ["initialised", "received"]
+    assert "published" in [e["event"]["kind"] for e in log]
     assert [v["version"] for v in ask("versions")] == [0, 1]
-    assert ask("show", "v1")["root"] == ask("versions")[1]["root"]
+    assert ask("show", "v1")["manifest"]["root"] == ask("versions")[1]["root"]
+    assert ask("show", "v0")["status"] == "superseded"
+    assert ask("first-version", "B")["version"] == 1
+    assert ask("diff", "v0", "v1")["entries"] > ask("show", "v1")["manifest"]["report"]["changed"] > 0
     assert ask("show", "A")["state"]["version"] == 1
     assert ask("verify") == []
     report = ask("report")
@@ -146,7 +168,21 @@ def test_reading_verbs_answer_in_json(takedown: Takedown, published: Path) -> No
 
 def test_reading_changes_nothing(takedown: Takedown, ws: Workspace, tmp_path: Path) -> None:
     before = snapshot(ws.root)
-    for verb in (["status"], ["log"], ["versions"], ["show", "v1"], ["show", "A"], ["verify"], ["report", "--json"]):
+    for verb in (
+        ["status"],
+        ["log"],
+        ["versions"],
+        ["show", "v1"],
+        ["show", "A"],
+        ["verify"],
+        ["verify", "--deep"],
+        ["diff", "v0", "v1"],
+        ["first-version", "A"],
+        ["export", "--json"],
+        ["report", "--json"],
+        ["certificate", "A", "--out", tmp_path / "certificate"],
+        ["export", "--out", tmp_path / "register"],
+    ):
         assert takedown("-w", ws.root, *verb).code == 0
     assert takedown("-w", ws.root, "checkout", "v1", tmp_path / "served").code == 0
     assert snapshot(ws.root) == before
@@ -167,7 +203,9 @@ def test_checkout_is_the_published_folder(takedown: Takedown, published: Path, t
     manifest = VersionStore(published / "versions").manifest(1)
     assert answer.code == 0 and manifest.root in answer.out
     found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "served").iterdir()}
+    signature = found.pop("model.sig")
     assert found == {f.path: f.digest.removeprefix("sha256:") for f in manifest.files}
+    assert signature == hashlib.sha256((published / "versions" / "000001.sig").read_bytes()).hexdigest()
     assert takedown("-w", published, "checkout", "0", tmp_path / "original").code == 0
 
 
@@ -186,12 +224,100 @@ def test_help_and_version(takedown: Takedown) -> None:
     assert version.code == 0 and version.out.startswith("takedown-pipeline ")
     page = takedown("--help")
     assert page.code == 0
-    verbs = ("init", "check", "submit", "run", "status", "log", "show", "checkout", "verify", "report", "versions")
+    verbs = (
+        "init",
+        "check",
+        "submit",
+        "run",
+        "status",
+        "log",
+        "show",
+        "checkout",
+        "verify",
+        "report",
+        "versions",
+        "diff",
+        "first-version",
+        "rollback",
+        "purge",
+        "repack",
+        "certificate",
+        "export",
+    )
     for verb in verbs:
         assert verb in page.out
         helped = takedown(verb, "--help")
         assert helped.code == 0 and f"Example: takedown -w ws {verb}" in " ".join(helped.out.split())
     assert takedown().code == 2  # nothing asked for is wrong use, answered with the help
+
+
+# --- versions ---------------------------------------------------------------------------------------------
+
+
+def test_rollback_needs_an_override_where_text_comes_back(takedown: Takedown, ws: Workspace) -> None:
+    refused = takedown("-w", ws.root, "rollback", "v0", "--reason", "trial")
+    assert refused.code == 1 and "A, B" in refused.err and "--override" in refused.err
+    assert takedown("-w", ws.root, "rollback", "v0").code == 2, "a reason is needed"
+    done = takedown("-w", ws.root, "rollback", "v0", "--reason", "trial", "--override", "--actor", "ann")
+    assert done.code == 0 and "v0 is current now; it was v1." in done.out and "A, B" in done.out
+    assert "regressed" in takedown("-w", ws.root, "status").out
+    assert takedown("-w", ws.root, "first-version", "A").code == 1
+    assert takedown("-w", ws.root, "versions", "--json").json()[1]["status"] == "rolled back"
+    assert takedown("-w", ws.root, "certificate", "A", "--out", ws.root.parent / "c").code == 2
+    assert takedown("-w", ws.root, "verify", "--deep").code == 0
+    assert takedown("-w", ws.root, "rollback", "v1", "--reason", "back again").code == 0
+
+
+def test_repack_and_purge(takedown: Takedown, ws: Workspace, tmp_path: Path) -> None:
+    assert takedown("-w", ws.root, "repack", "--keyframe-every", "1").code == 0
+    packed = takedown("-w", ws.root, "repack", "--json")
+    assert packed.code == 0 and packed.json()["made_deltas"] == 1
+    assert takedown("-w", ws.root, "purge", "--before", "v1").code == 2
+    purged = takedown("-w", ws.root, "purge", "--before", "v1", "--reason", "retention")
+    assert purged.code == 0 and "Destroyed the weights of v0" in purged.out
+    gone = takedown("-w", ws.root, "checkout", "v0", tmp_path / "v0")
+    assert gone.code == 2 and "were purged on" in gone.err
+    assert takedown("-w", ws.root, "diff", "v0", "v1").code == 2
+    assert "purged" in takedown("-w", ws.root, "show", "v0").out
+    assert takedown("-w", ws.root, "checkout", "v1", tmp_path / "v1").code == 0
+    assert takedown("-w", ws.root, "verify", "--deep").code == 0
+
+
+def test_checkpoint_kept_elsewhere_convicts_a_rewritten_history(
+    takedown: Takedown, ws: Workspace, published: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    shutil.copyfile(ws.checkpoint, kept)
+    assert takedown("-w", ws.root, "verify", "--checkpoint", kept).code == 0
+    assert takedown("-w", ws.root, "submit", write_batch(tmp_path, "more", {"M": UNSEEN})).code == 0
+    assert takedown("-w", ws.root, "verify", "--checkpoint", kept).code == 0, "it has grown since, nothing else"
+    later = tmp_path / "later"
+    shutil.copyfile(ws.checkpoint, later)
+    found = takedown("-w", published, "verify", "--checkpoint", later)
+    assert found.code == 1 and "the ledger has" in found.out and "cut back" in found.out
+    assert takedown("-w", ws.root, "verify", "--checkpoint", tmp_path / "absent").code == 2
+    assert takedown("-w", ws.root, "verify", "--quick", "--deep").code == 2
+
+
+def test_export_writes_four_files(takedown: Takedown, published: Path, tmp_path: Path) -> None:
+    answer = takedown("-w", published, "export", "--out", tmp_path / "register")
+    assert answer.code == 0 and "3 requests" in answer.out
+    names = {p.name for p in (tmp_path / "register").iterdir()}
+    assert names == {"requests.csv", "requests.json", "events.csv", "events.json"}
+    assert (tmp_path / "register" / "requests.csv").read_bytes().startswith(b"\xef\xbb\xbfrequest_id,")
+    rows = json.loads((tmp_path / "register" / "requests.json").read_text())
+    assert [row["request_id"] for row in rows] == ["A", "B", "C"]
+
+
+def test_certificate_checks_without_this_software(takedown: Takedown, published: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "certificate"
+    assert takedown("-w", published, "certificate", "A", "--out", folder).code == 0
+    command = [sys.executable, "-I", str(folder / "verify_bundle.py"), str(folder)]
+    checked = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    (folder / "certificate.json").write_text((folder / "certificate.json").read_text().replace('"A"', '"B"'))
+    assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 1
+    assert takedown("-w", published, "certificate", "Z", "--out", tmp_path / "z").code == 2
 
 
 # --- check and submit -------------------------------------------------------------------------------------
@@ -310,7 +436,24 @@ def test_escape_in_a_file_name_does_not_reach_the_terminal(takedown: Takedown, w
 
 
 @pytest.mark.parametrize(
-    "verb", [["status"], ["log"], ["versions"], ["verify"], ["show", "v0"], ["report"], ["check", "x"], ["run"]]
+    "verb",
+    [
+        ["status"],
+        ["log"],
+        ["versions"],
+        ["verify"],
+        ["show", "v0"],
+        ["report"],
+        ["check", "x"],
+        ["run"],
+        ["diff", "0", "1"],
+        ["first-version", "A"],
+        ["export"],
+        ["certificate", "A", "--out", "c"],
+        ["rollback", "v0", "--reason", "x"],
+        ["repack"],
+        ["purge", "--before", "v1", "--reason", "x"],
+    ],
 )
 def test_folder_that_is_no_workspace(takedown: Takedown, tmp_path: Path, verb: list[str]) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
@@ -461,7 +604,7 @@ def test_init_without_a_model_or_with_useless_texts(takedown: Takedown, model: P
 def test_verify_finds_a_flipped_byte(takedown: Takedown, ws: Workspace, tmp_path: Path) -> None:
     store = VersionStore(ws.versions)
     weights = next(f for f in store.manifest(1).files if f.path == "model.safetensors")
-    path = store.object_path(weights.digest)
+    path = store.objects.paths(weights.digest)[-1]
     path.chmod(0o644)
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
@@ -543,7 +686,7 @@ def test_lock_is_not_inherited_and_frees_itself(ws: Workspace) -> None:
 QUIET = """
 import json, sys
 from pathlib import Path
-from flows import cli
+from flows import cli, reading
 codes = {}
 for verb in json.loads(sys.argv[1]):
     sys.argv = ["takedown", *verb]
@@ -588,7 +731,7 @@ def test_interrupt_says_that_nothing_is_lost(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "read_entries", interrupted)
+    monkeypatch.setattr(reading, "read_entries", interrupted)
     answer = takedown("-w", published, "status")
     assert answer.code == 3 and "Nothing acknowledged is lost" in answer.err
 
@@ -634,7 +777,7 @@ def test_run_of_the_same_batch_resumes(ws: Workspace, batch: Path, tmp_path: Pat
     assert submit_or_resume(ws, answered, "legal") == []  # answered long ago: nothing of it waits
     with Ledger.open(ws.ledger, read_only=True) as ledger:
         states = request_states(ledger.entries())
-    assert (states["D"].state, states["A"].state) == ("waiting", "applied")
+    assert (states["D"].state, states["A"].state) == ("waiting", "verified")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Whole-or-absent writes, canonical JSON, and the Merkle tree against RFC 6962."""
+"""Whole-or-absent writes, names that are never taken over, canonical JSON, and the root of a set of tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.digests import TensorDigest, merkle_root, tensor_root
+from pipeline.digests import TensorDigest, tensor_leaf, tensor_root
 from pipeline.errors import NoSpace, StoreDamaged
-from pipeline.files import canonical_json, digest_bytes, digest_file, read_json, write_atomic, write_json
+from pipeline.files import (
+    NO_HARD_LINKS,
+    TEMPORARY,
+    canonical_json,
+    digest_bytes,
+    digest_file,
+    link_or_not,
+    make_folder,
+    place,
+    put_in_place,
+    read_json,
+    remove,
+    seal,
+    temporary,
+    write_atomic,
+    write_json,
+    write_new,
+)
+from pipeline.merkle import merkle_root
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -51,6 +69,104 @@ def test_a_full_disk_leaves_the_target_as_it_was(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_write_new_sets_content_and_mode_and_replaces_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_new(path, b"one")
+    assert path.read_bytes() == b"one" and stat.S_IMODE(path.stat().st_mode) == 0o444
+    with pytest.raises(FileExistsError):
+        write_new(path, b"two")
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", ["fsync", "link", "fchmod"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_write_new_on_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(NoSpace, match="run the same command again"):
+        write_new(tmp_path / "a", b"one")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_new_reads_back_before_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def losing(fd: int) -> None:
+        fsync(fd)
+        os.pwrite(fd, b"X", 0)
+
+    monkeypatch.setattr(os, "fsync", losing)
+    with pytest.raises(StoreDamaged, match="reads back differently"):
+        write_new(tmp_path / "a", b"one")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_place_never_takes_a_name_that_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard_links: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not hard_links:
+        monkeypatch.setattr(os, "link", refuse)
+    target = tmp_path / "a"
+    for content, taken in ((b"one", False), (b"two", True)):
+        with temporary(tmp_path) as (written, stream):
+            assert written.name.startswith(TEMPORARY) and written.parent == tmp_path
+            stream.write(content)
+            seal(stream, 0o444)
+            if taken:
+                with pytest.raises(FileExistsError):
+                    place(written, target)
+            else:
+                place(written, target)
+    assert target.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_put_in_place_takes_the_name_over(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "b").write_bytes(b"two")
+    put_in_place(tmp_path / "b", tmp_path / "a")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"two")]
+
+
+@pytest.mark.parametrize("code", sorted(NO_HARD_LINKS))
+def test_link_or_not_tells_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    assert link_or_not(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a").samefile(tmp_path / "b")
+    with pytest.raises(FileExistsError):
+        link_or_not(tmp_path / "a", tmp_path / "b")
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert not link_or_not(tmp_path / "a", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_folders_are_made_once_and_files_removed_once(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    make_folder(folder, 0o700)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    make_folder(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700, "one that is there stays as it is"
+    (folder / "x").write_bytes(b"")
+    remove(folder / "x")
+    remove(folder / "x")
+    assert list(folder.iterdir()) == []
+
+
 def test_other_errors_pass_through(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomic(tmp_path / "absent" / "a", b"")
@@ -59,9 +175,10 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
 def test_read_json_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(StoreDamaged, match="is missing"):
         read_json(tmp_path / "a")
-    (tmp_path / "a").write_text("{")
-    with pytest.raises(StoreDamaged, match="is not JSON"):
-        read_json(tmp_path / "a")
+    for content in ("{", "", "[" * 100_000):
+        (tmp_path / "a").write_text(content)
+        with pytest.raises(StoreDamaged, match="is not JSON"):
+            read_json(tmp_path / "a")
 
 
 @given(JSON)
@@ -83,45 +200,7 @@ def test_digest_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     assert digest_file(tmp_path / "a") == digest_bytes(data) == f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-# --- RFC 6962 ---------------------------------------------------------------------------------------------
-
-LEAVES = [
-    bytes.fromhex(leaf)
-    for leaf in ("", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f")
-]
-"""The leaves of the test vectors of the Certificate Transparency reference implementation (merkle_tree_test.cc)."""
-ROOTS = [
-    "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
-    "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
-    "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",
-    "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77",
-    "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7",
-    "4e3bbb1f7b478dcfe71fb631631519a3bca12c9aefca1612bfce4c13a86264d4",
-    "76e67dadbcdf1e10e1b74ddc608abd2f98dfb16fbce75277b5232a127f2087ef",
-    "ddb89be403809e325750d3d263cd78929c2942b7942a34b77e122c9594a74c8c",
-    "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328",
-]
-"""Their published roots for the first 0 … 8 leaves."""
-
-
-def _bottom_up(leaves: list[bytes]) -> bytes:
-    """The same tree level by level, an odd node moving up unchanged: independent of the recursion under test."""
-    level = [hashlib.sha256(b"\x00" + leaf).digest() for leaf in leaves]
-    while len(level) > 1:
-        pairs = [level[i : i + 2] for i in range(0, len(level), 2)]
-        level = [hashlib.sha256(b"\x01" + b"".join(pair)).digest() if len(pair) == 2 else pair[0] for pair in pairs]
-    return level[0] if level else hashlib.sha256().digest()
-
-
-@pytest.mark.parametrize("count", range(9))
-def test_merkle_root_gives_the_published_vectors(count: int) -> None:
-    assert merkle_root(LEAVES[:count]).hex() == ROOTS[count]
-
-
-@given(st.lists(st.binary(max_size=4), max_size=70))
-def test_merkle_root_equals_an_independent_construction(leaves: list[bytes]) -> None:
-    assert merkle_root(leaves) == _bottom_up(leaves)
-
+# --- the root of a set of tensors -------------------------------------------------------------------------
 
 DIGESTS = st.builds(
     TensorDigest,
@@ -156,3 +235,12 @@ def test_tensor_root_depends_on_every_field(tensors: list[TensorDigest], data: s
     )
     assert tensor_root([*tensors[:at], changed, *tensors[at + 1 :]]) != tensor_root(tensors)
     assert tensor_root(tensors[:at] + tensors[at + 1 :]) != tensor_root(tensors)
+
+
+@given(TENSORS)
+def test_tensor_root_is_the_tree_over_the_tensors_by_name(tensors: list[TensorDigest]) -> None:
+    leaves = [tensor_leaf(tensor) for tensor in sorted(tensors, key=lambda tensor: tensor.name)]
+    assert tensor_root(tensors) == f"root-sha256:{merkle_root(leaves).hex()}"
+    assert [json.loads(leaf) for leaf in leaves] == [
+        [t.name, t.dtype, list(t.shape), t.sha256] for t in sorted(tensors, key=lambda tensor: tensor.name)
+    ]

@@ -20,9 +20,10 @@ import pytest
 import workspaces
 from workspaces import UNSEEN, WORKS, copied, near_copy, new_workspace, take_in, write_batch
 
-from pipeline.ledger import Ledger, current_version, request_states
+from pipeline.ledger import Ledger
 from pipeline.records import Publication
 from pipeline.runs import Run, open_run
+from pipeline.states import current_version, request_states
 from pipeline.verify import verify
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
@@ -340,7 +341,7 @@ def test_run_command_answers_and_exits_by_the_outcome(
     assert code == 0 and (answer["outcome"], answer["version"]) == ("published", 2)
     assert answer["run"] == answer["step"]["run_id"]
     states = {n: (s.state, s.version) for n, s in request_states(entries(ws)).items()}
-    assert states["D"] == ("applied", 2) and states["E"][0] == "repeat"
+    assert states["D"] == ("verified", 2) and states["E"][0] == "repeat"
     assert run(ws, batch)[:2] == (0, "Every request of this batch is answered; see takedown status.\n")
     assert verify(ws) == []
 

@@ -1,7 +1,9 @@
-"""The ledger: append-only, whole transactions, readers beside a writer, and every kind of tampering found."""
+"""The ledger: append-only, signed whole transactions, readers beside a writer, and every kind of tampering found."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import random
@@ -21,12 +23,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import ledger as ledger_module
 from pipeline.errors import NoSpace, NotAWorkspace, StoreDamaged, TakedownError, UsageError, WorkspaceBusy
 from pipeline.files import canonical_json, digest_json
-from pipeline.ledger import GENESIS, SCHEMA, Ledger, current_version, known_batches, request_states
-from pipeline.records import Event, LedgerEntry
+from pipeline.keys import create_keys, load_log_key, log_vkey
+from pipeline.ledger import GENESIS, SCHEMA, Ledger
+from pipeline.notes import Checkpoint, checkpoint_text, read_checkpoint, sign_note
+from pipeline.records import Event
 
 AT = datetime(2026, 11, 23, 9, 0, tzinfo=UTC)
+ORIGIN = "takedown-pipeline/0011223344556677"
+TRIGGERS = [statement for statement in SCHEMA if statement.startswith("CREATE TRIGGER")]
 
 
 def _received(request_id: str, batch_id: str = "b1") -> Event:
@@ -42,6 +49,7 @@ def _event(kind: str, **fields: Any) -> Event:
 def path(tmp_path: Path) -> Path:
     """A ledger of four entries, closed: everything is in the one file."""
     path = tmp_path / "ledger.db"
+    create_keys(path.parent / "keys", ORIGIN)
     with Ledger.create(path) as ledger:
         ledger.append(_event("initialised", version=0, data={"root": "r0", "manifest": "m0"}), at=AT)
         ledger.append(_received("TD-1"), _received("TD-2", "b2"), at=AT)
@@ -57,11 +65,11 @@ def _check(path: Path) -> list[str]:
 def _tamper(path: Path, *statements: str, restore: bool = True) -> None:
     """Change a ledger like someone who knows SQLite: triggers dropped, changed, triggers put back."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        for statement in SCHEMA[1:]:
+        for statement in TRIGGERS:
             connection.execute(f"DROP TRIGGER {statement.split()[2]}")
         for statement in statements:
             connection.execute(statement)
-        for statement in SCHEMA[1:] if restore else ():
+        for statement in TRIGGERS if restore else ():
             connection.execute(statement)
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -92,9 +100,12 @@ def test_append_returns_what_entries_reads(path: Path) -> None:
 
 
 def test_an_empty_ledger_holds(tmp_path: Path) -> None:
+    create_keys(tmp_path / "keys", ORIGIN)
     with Ledger.create(tmp_path / "ledger.db") as ledger:
         assert ledger.entries() == ()
         assert ledger.head() is None
+        assert ledger.checkpoint() is None
+        assert ledger.leaves() == []
         assert ledger.check() == []
 
 
@@ -175,6 +186,7 @@ def test_missing_and_foreign_files(tmp_path: Path, read_only: bool) -> None:
 
 def test_a_path_with_odd_characters_opens(tmp_path: Path) -> None:
     path = tmp_path / "a?mode=memory#%41.db"
+    create_keys(path.parent / "keys", ORIGIN)
     with Ledger.create(path) as ledger:
         ledger.append(_received("x"))
     assert _check(path) == []
@@ -220,7 +232,9 @@ def test_a_full_disk_loses_nothing(path: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs to become another user")
-def test_an_auditor_reads_a_folder_that_he_cannot_write(path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize(("keys_mode", "expected"), [(0o755, []), (0o700, ["keys/log.pub"])])
+def test_an_auditor_reads_a_folder_that_he_cannot_write(path: Path, keys_mode: int, expected: list[str]) -> None:
+    """Without the public key he can read the entries, and is told that he cannot check the signatures."""
     code = """
 import os, sys
 from pathlib import Path
@@ -228,16 +242,17 @@ from pipeline.ledger import Ledger
 folder = os.open(sys.argv[1], os.O_RDONLY)
 os.fchdir(folder); os.setuid(65534)
 with Ledger.open(Path("ledger.db"), read_only=True) as ledger:
-    assert len(ledger.entries()) == 4 and ledger.check() == []
+    assert len(ledger.entries()) == 4 and [b.where for b in ledger.check()] == sys.argv[2:]
 """
     folder = Path("/tmp") / f"takedown-ledger-{os.getpid()}"
     shutil.copytree(path.parent, folder)
     try:
         folder.chmod(0o555)
+        (folder / "keys").chmod(keys_mode)  # the private keys in it stay 0600
         (folder / "ledger.db").chmod(0o444)
-        subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+        subprocess.run([sys.executable, "-c", code, str(folder), *expected], check=True)
         assert stat.S_IMODE(folder.stat().st_mode) == 0o555
-        assert len(list(folder.iterdir())) == 1
+        assert sorted(p.name for p in folder.iterdir()) == ["checkpoint", "keys", "ledger.db"]
     finally:
         shutil.rmtree(folder)
 
@@ -245,6 +260,7 @@ with Ledger.open(Path("ledger.db"), read_only=True) as ledger:
 @pytest.mark.slow
 def test_kill_9_loses_nothing_acknowledged(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
+    create_keys(tmp_path / "keys", ORIGIN)
     Ledger.create(path).close()
     code = """
 import sys
@@ -283,6 +299,12 @@ while True:
         "REPLACE INTO entries VALUES (4, '', '', '', '')",
         "INSERT INTO entries VALUES (9, '', '', '', '')",
         "INSERT INTO entries (at, event, previous, digest) VALUES ('', '', '', '')",
+        "UPDATE checkpoints SET note = note",
+        "DELETE FROM checkpoints WHERE size = 1",
+        "REPLACE INTO checkpoints VALUES (4, '')",
+        "INSERT OR REPLACE INTO checkpoints VALUES (1, '')",
+        "INSERT INTO checkpoints VALUES (5, '')",
+        "INSERT INTO checkpoints VALUES (NULL, '')",
     ],
 )
 def test_sql_cannot_change_what_is_there(path: Path, statement: str) -> None:
@@ -321,6 +343,25 @@ TAMPERED = {
     "swapped": ("UPDATE entries SET event = (SELECT event FROM entries e WHERE e.seq = 5 - entries.seq)", "entry 2"),
     "counter removed": ("DELETE FROM sqlite_sequence", "SQLite counts no entries"),
     "table emptied": ("DROP TABLE entries", "cannot be read"),
+    "checkpoint note": (
+        "UPDATE checkpoints SET note = replace(note, char(10) || '3', char(10) || '2') WHERE size = 3",
+        "checkpoint 3: signed note",
+    ),
+    "checkpoint a blob": ("UPDATE checkpoints SET note = x'00' WHERE size = 4", "checkpoint 4: signed note"),
+    "checkpoint not Unicode": (
+        "UPDATE checkpoints SET note = CAST(x'ff' AS TEXT) WHERE size = 4",
+        "checkpoint 4: signed note",
+    ),
+    "checkpoint of another size": ("UPDATE checkpoints SET size = 2 WHERE size = 1", "checkpoint 2: signs 1 entries"),
+    "checkpoint of no size": ("UPDATE checkpoints SET size = 0 WHERE size = 1", "checkpoint 0: signs 0 entries"),
+    "checkpoint too large": ("UPDATE checkpoints SET size = 9 WHERE size = 1", "checkpoint 9: signs 9 entries"),
+    "checkpoint of others": (
+        "INSERT INTO checkpoints SELECT 2, note FROM checkpoints WHERE size = 3",
+        "checkpoint 2: signs 3 entries",
+    ),
+    "last checkpoint removed": ("DELETE FROM checkpoints WHERE size = 4", "the last checkpoint signs 3 entries"),
+    "checkpoints removed": ("DELETE FROM checkpoints", "the last checkpoint signs 0 entries, there are 4"),
+    "checkpoints dropped": ("DROP TABLE checkpoints", "cannot be read"),
     "column added": ("ALTER TABLE entries ADD COLUMN note", "entries: was changed"),
     "foreign table": ("CREATE TABLE notes (x)", "notes: is foreign"),
     "foreign index": ("CREATE UNIQUE INDEX extra ON entries (digest)", "extra: is foreign"),
@@ -331,7 +372,7 @@ TAMPERED = {
 @pytest.mark.parametrize("name", TAMPERED)
 def test_tampering_is_found_and_named(path: Path, name: str) -> None:
     statement, expected = TAMPERED[name]
-    dropped = name == "table emptied"
+    dropped = statement.startswith("DROP TABLE")
     with Ledger.open(path, read_only=True) as before:
         _tamper(path, statement, restore=not dropped)
         found = [f"{b.where}: {b.found}" for b in before.check()]  # opened before: even a table that vanishes is found
@@ -339,12 +380,12 @@ def test_tampering_is_found_and_named(path: Path, name: str) -> None:
     if not dropped:
         assert found == _check(path)
         with Ledger.open(path, read_only=True) as ledger:
-            if any("entry" in line for line in found):
+            if any("ledger.db: entry" in line for line in found):
                 with pytest.raises(StoreDamaged, match="does not hold"):
                     ledger.entries()
 
 
-@pytest.mark.parametrize("statement", SCHEMA[1:])
+@pytest.mark.parametrize("statement", TRIGGERS)
 def test_a_missing_or_weakened_trigger_is_found(path: Path, statement: str) -> None:
     name = statement.split()[2]
     with closing(sqlite3.connect(path)) as connection:
@@ -354,46 +395,306 @@ def test_a_missing_or_weakened_trigger_is_found(path: Path, statement: str) -> N
     assert _check(path) == [f"ledger.db: {name}: was changed"]
 
 
-def _rechain(path: Path, first: int, last: int, change: Callable[[int, dict[str, Any]], None]) -> None:
-    """Rewrite entries with all digests computed anew, as someone who has this source would."""
+def _raw(path: Path) -> list[tuple[int, str, str, str, str]]:
     with closing(sqlite3.connect(path)) as connection:
-        rows = connection.execute("SELECT seq, at, event, previous, digest FROM entries ORDER BY seq").fetchall()
-    statements = []
-    previous = rows[first - 1][3]
-    for seq, at, event, _, _ in rows[first - 1 : last]:
-        tree = json.loads(event)
-        change(seq, tree)
+        return connection.execute("SELECT seq, at, event, previous, digest FROM entries ORDER BY seq").fetchall()
+
+
+def _notes(path: Path) -> dict[int, str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return dict(connection.execute("SELECT size, note FROM checkpoints ORDER BY size"))
+
+
+def _chained(rows: list[tuple[int, str, dict[str, Any]]], previous: str) -> list[tuple[int, str, str, str, str]]:
+    """Rows with all digests computed anew, as someone who has this source would."""
+    made = []
+    for seq, at, tree in rows:
         digest = digest_json({"seq": seq, "at": at, "event": tree, "previous": previous})
-        text = canonical_json(tree).decode()
-        statements.append(
-            f"UPDATE entries SET event = '{text}', previous = '{previous}', digest = '{digest}' WHERE seq = {seq}"
-        )
+        made.append((seq, at, canonical_json(tree).decode(), previous, digest))
         previous = digest
-    _tamper(path, *statements)
+    return made
 
 
-def _rename(seq: int, tree: dict[str, Any]) -> None:
+def _literal(row: tuple[int, str, str, str, str]) -> str:
+    seq, *texts = row
+    return ", ".join([str(seq), *(f"'{text}'" for text in texts)])
+
+
+def _rechain(path: Path, first: int, last: int, change: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrite entries, with a chain that holds up to the last of them."""
+    rows = [(seq, at, json.loads(event)) for seq, at, event, _, _ in _raw(path)[first - 1 : last]]
+    for _, _, tree in rows:
+        change(tree)
+    made = _chained(rows, _raw(path)[first - 1][3])
+    _tamper(path, *(f"REPLACE INTO entries VALUES ({_literal(row)})" for row in made))
+
+
+def _root(leaves: list[bytes]) -> bytes:
+    """RFC 6962, section 2.1, word for word: independent of `pipeline.merkle`."""
+    if not leaves:
+        return hashlib.sha256().digest()
+    if len(leaves) == 1:
+        return hashlib.sha256(b"\x00" + leaves[0]).digest()
+    split = 1 << (len(leaves) - 1).bit_length() - 1
+    return hashlib.sha256(b"\x01" + _root(leaves[:split]) + _root(leaves[split:])).digest()
+
+
+def _leaves(path: Path) -> list[bytes]:
+    """The leaves, from the rows alone: JSON with sorted keys and no spaces, as the ledger's head says."""
+    return [
+        json.dumps(
+            {"at": at, "event": json.loads(event), "previous": previous, "seq": seq},
+            sort_keys=True, separators=(",", ":"),
+        ).encode()
+        for seq, at, event, previous, _ in _raw(path)
+    ]  # fmt: skip
+
+
+def _resign(path: Path, keys: Path) -> None:
+    """Sign every checkpoint anew over what the entries are now, with the key of a folder; the file beside, too."""
+    leaves, key = _leaves(path), load_log_key(keys)
+    notes = {
+        size: sign_note(checkpoint_text(Checkpoint(ORIGIN, size, _root(leaves[:size]))), ORIGIN, key)
+        for size in _notes(path)
+        if size <= len(leaves)
+    }
+    _tamper(
+        path, "DELETE FROM checkpoints", *(f"INSERT INTO checkpoints VALUES ({n}, '{t}')" for n, t in notes.items())
+    )
+    path.with_name("checkpoint").write_text(notes[max(notes)])
+
+
+def _rename(tree: dict[str, Any]) -> None:
     tree["actor"] = "nobody"
 
 
 def test_a_partly_rewritten_chain_breaks_where_the_rewriting_ends(path: Path) -> None:
     _rechain(path, 2, 3, _rename)
-    assert [line.split(" names")[0] for line in _check(path)] == ["ledger.db: entry 4:"]
+    assert [line.split(" names")[0].split(" signs")[0] for line in _check(path)] == [
+        "ledger.db: entry 4:",
+        "ledger.db: checkpoint 3:",
+        "ledger.db: checkpoint 4:",
+    ]
 
 
-def test_a_wholly_rewritten_end_shows_only_against_a_digest_noted_elsewhere(path: Path) -> None:
-    """The limit of a hash chain, written down: this is why `Ledger.head` should be kept by somebody else."""
-    with Ledger.open(path, read_only=True) as ledger:
-        noted = ledger.head()
+def test_a_wholly_rewritten_end_does_not_match_its_signature(path: Path) -> None:
+    """What a hash chain alone would not show."""
     _rechain(path, 2, 4, _rename)
+    assert [line.split(" signs")[0] for line in _check(path)] == [
+        "ledger.db: checkpoint 3:",
+        "ledger.db: checkpoint 4:",
+    ]
+    with Ledger.open(path) as ledger, pytest.raises(StoreDamaged, match="not those of its last signed checkpoint"):
+        ledger.append(_received("x"))
+    assert len(_raw(path)) == 4
+
+
+def test_a_history_rewritten_with_the_key_shows_only_against_a_checkpoint_noted_elsewhere(path: Path) -> None:
+    """The limit of signatures, written down: this is why copies of ``checkpoint`` should be kept by somebody else."""
+    noted = path.with_name("checkpoint").read_text()
+    _rechain(path, 2, 4, _rename)
+    _resign(path, path.with_name("keys"))
     assert _check(path) == []
     with Ledger.open(path, read_only=True) as ledger:
-        assert ledger.head() != noted
+        assert ledger.checkpoint() != noted
+    # Both are signed by the lineage, over the same number of entries, with other roots: a proof of the rewriting.
+    old, new = (read_checkpoint(n, log_vkey(path.with_name("keys"))) for n in (noted, _notes(path)[4]))
+    assert old.size == new.size and old.root != new.root
 
 
-def test_a_cut_end_with_its_counter_shows_only_against_a_digest_noted_elsewhere(path: Path) -> None:
-    _tamper(path, "DELETE FROM entries WHERE seq = 4", "UPDATE sqlite_sequence SET seq = 3")
+def test_a_history_signed_with_another_key_is_found(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "keys"
+    other.parent.mkdir()
+    create_keys(other, ORIGIN)
+    _rechain(path, 1, 4, _rename)
+    _resign(path, other)
+    found = _check(path)
+    assert [line.split(": ")[1] for line in found] == ["checkpoint 1", "checkpoint 3", "checkpoint 4"]
+    assert all("has no signature of" in line for line in found)
+
+
+def _cut(path: Path, size: int) -> None:
+    """Cut the ledger back to one of its checkpoints, with SQLite's counter, leaving no trace in the database."""
+    _tamper(
+        path,
+        f"DELETE FROM entries WHERE seq > {size}",
+        f"DELETE FROM checkpoints WHERE size > {size}",
+        f"UPDATE sqlite_sequence SET seq = {size}" if size else "DELETE FROM sqlite_sequence",
+    )
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_a_cut_end_shows_against_the_checkpoint_file_and_nothing_is_written(path: Path, size: int) -> None:
+    note = path.with_name("checkpoint").read_bytes()
+    _cut(path, size)
+    (found,) = _check(path)
+    assert found.startswith("checkpoint: ")
+    for _ in range(2):
+        with pytest.raises(StoreDamaged, match=f"checkpoint signs 4 entries, the ledger has {size}"):
+            Ledger.open(path)
+    assert path.with_name("checkpoint").read_bytes() == note, "what shows the cut must not be written over"
+    assert len(_raw(path)) == size
+
+
+def test_a_cut_end_with_an_old_checkpoint_file_shows_only_against_one_noted_elsewhere(path: Path) -> None:
+    _cut(path, 3)
+    path.with_name("checkpoint").write_text(_notes(path)[3])
     assert _check(path) == []
+
+
+def test_entries_cut_without_their_checkpoint_are_found_and_not_built_on(path: Path) -> None:
+    _tamper(path, "DELETE FROM entries WHERE seq = 4", "UPDATE sqlite_sequence SET seq = 3")
+    assert _check(path) == [
+        "ledger.db: checkpoint 4: signs 4 entries, there are 3",
+        "ledger.db: the last checkpoint signs 4 entries, there are 3",
+    ]
+    with Ledger.open(path) as ledger, pytest.raises(StoreDamaged, match="its 3 entries are not those"):
+        ledger.append(_received("x"))
+
+
+def test_an_unsigned_row_with_a_sound_chain_is_found_and_not_built_on(path: Path) -> None:
+    tree = _event("published", version=7).model_dump(mode="json")
+    (row,) = _chained([(5, "2026-11-23T09:00:00.000000Z", tree)], _raw(path)[-1][4])
+    _tamper(path, f"INSERT INTO entries VALUES ({_literal(row)})")
+    with Ledger.open(path, read_only=True) as ledger:
+        assert len(ledger.entries()) == 5, "the chain by itself holds"
+    assert _check(path) == ["ledger.db: the last checkpoint signs 4 entries, there are 5"]
+    with Ledger.open(path) as ledger, pytest.raises(StoreDamaged, match="Nothing was written"):
+        ledger.append(_received("x"))
+    assert len(_raw(path)) == 5 and len(_notes(path)) == 3
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------
+
+
+def test_every_transaction_is_signed_over_all_entries_so_far(path: Path) -> None:
+    leaves = _leaves(path)
+    with Ledger.open(path) as ledger:
+        assert ledger.leaves() == leaves
+        assert ledger.checkpoint() == _notes(path)[4]
+    assert [f"sha256:{hashlib.sha256(leaf).hexdigest()}" for leaf in leaves] == [row[4] for row in _raw(path)]
+    assert list(_notes(path)) == [1, 3, 4]  # one, two and one entries
+    for size, note in _notes(path).items():
+        origin, count, root, empty, signature = note.removesuffix("\n").split("\n")
+        assert (origin, count, empty) == (ORIGIN, str(size), "")
+        assert base64.b64decode(root) == _root(leaves[:size])
+        assert signature.startswith(f"— {ORIGIN} ")
+        assert read_checkpoint(note, log_vkey(path.with_name("keys"))).size == size
+    assert path.with_name("checkpoint").read_text() == _notes(path)[4]
+
+
+def test_a_long_ledger_is_signed_over_all_of_it(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        ledger._connection.execute("PRAGMA synchronous=OFF")  # speed; durability is not the point here
+        for count in (1, 2, 3, 5, 8):
+            ledger.append(*(_received(f"{count}-{i}") for i in range(count)))
+            checkpoint = read_checkpoint(str(ledger.checkpoint()), log_vkey(path.with_name("keys")))
+            assert (checkpoint.size, checkpoint.root) == (len(_raw(path)), _root(_leaves(path)))
+        assert ledger.check() == []
+
+
+def test_an_empty_append_signs_nothing(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        ledger.append()
+    assert list(_notes(path)) == [1, 3, 4]
+
+
+def test_without_the_key_nothing_is_written(path: Path) -> None:
+    (path.with_name("keys") / "log.key").unlink()
+    with Ledger.open(path) as ledger:
+        with pytest.raises(StoreDamaged, match=r"log\.key"):
+            ledger.append(_received("x"))
+        assert ledger.check() == []  # checking needs the public key only
+    assert len(_raw(path)) == 4 and list(_notes(path)) == [1, 3, 4]
+
+
+def test_without_the_public_key_nothing_holds(path: Path) -> None:
+    (path.with_name("keys") / "log.pub").unlink()
+    (found,) = _check(path)
+    assert found.startswith("keys/log.pub: ")
+
+
+def test_a_crash_before_the_checkpoint_file_is_mended_by_the_next_writer(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = path.with_name("checkpoint").read_bytes()
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, Ledger.open(path) as ledger:
+        patch.setattr(ledger_module, "write_atomic", crash)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.append(_received("x"))
+    assert path.with_name("checkpoint").read_bytes() == old
+    assert _check(path) == ["checkpoint: is not the newest checkpoint of the ledger"]
+    with Ledger.open(path, read_only=True) as ledger:
+        assert len(ledger.entries()) == 5, "it was committed"
+    assert path.with_name("checkpoint").read_bytes() == old, "a reader writes nothing"
+    Ledger.open(path).close()
+    assert path.with_name("checkpoint").read_text() == _notes(path)[5]
+    assert _check(path) == []
+
+
+def test_a_full_disk_behind_the_transaction_says_that_the_entries_are_in(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(target: Path, *_: object) -> None:
+        raise NoSpace(f"{target}: full. Nothing was published.")
+
+    with monkeypatch.context() as patch, Ledger.open(path) as ledger:
+        patch.setattr(ledger_module, "write_atomic", full)
+        with pytest.raises(NoSpace, match="1 new entries are there and signed") as error:
+            ledger.append(_received("x"))
+        assert "Nothing" not in str(error.value)
+    assert len(_raw(path)) == 5
+    with Ledger.open(path) as ledger:
+        assert ledger.check() == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"junk", b"\xff" * 300])
+def test_a_lost_or_spoilt_checkpoint_file_is_found_and_mended(path: Path, content: bytes | None) -> None:
+    file = path.with_name("checkpoint")
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    (found,) = _check(path)
+    assert found.startswith("checkpoint: ")
+    Ledger.open(path).close()
+    assert _check(path) == []
+
+
+def test_every_flipped_byte_of_the_checkpoint_file_is_found(path: Path) -> None:
+    file = path.with_name("checkpoint")
+    data = file.read_bytes()
+    for at in range(len(data)):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        assert [line.split(":")[0] for line in _check(path)] == ["checkpoint"], f"byte {at}"
+
+
+def test_every_flipped_byte_of_a_stored_checkpoint_is_found(path: Path) -> None:
+    data = path.read_bytes()
+    places = [at for note in _notes(path).values() for at in _places(data, note.encode())]
+    assert len(places) > 500
+    for at in places:
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        assert _check(path), f"byte {at}"
+
+
+def test_a_quick_look_checks_every_root_and_the_newest_signature(path: Path, tmp_path: Path) -> None:
+    with Ledger.open(path, read_only=True) as ledger:
+        assert ledger.examine(every_signature=False) == (ledger.entries(), [])
+    _tamper(path, "UPDATE checkpoints SET note = 'x' WHERE size = 1")
+    with Ledger.open(path, read_only=True) as ledger:
+        assert ledger.examine(every_signature=False)[1] == []
+        assert [b.where for b in ledger.examine()[1]] == ["ledger.db: checkpoint 1"]
+    _tamper(path, "UPDATE checkpoints SET note = 'x' WHERE size = 4")
+    with Ledger.open(path, read_only=True) as ledger:
+        found = [b.where for b in ledger.examine(every_signature=False)[1]]
+    assert found == ["ledger.db: checkpoint 4", "checkpoint"]
+
+
+# --- damage -----------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_built_on_a_damaged_head(path: Path) -> None:
@@ -404,11 +705,15 @@ def test_nothing_is_built_on_a_damaged_head(path: Path) -> None:
         assert connection.execute("SELECT count(*) FROM entries").fetchone() == (4,)
 
 
+def _places(data: bytes, part: bytes) -> range:
+    return range(data.index(part), data.index(part) + len(part))
+
+
 def test_every_flipped_byte_of_a_row_is_found(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         rows = connection.execute("SELECT at || event || previous || digest FROM entries").fetchall()
     data = path.read_bytes()
-    places = [at for (row,) in rows for at in range(data.index(row.encode()), data.index(row.encode()) + len(row))]
+    places = [at for (row,) in rows for at in _places(data, row.encode())]
     assert len(places) > 1000
     for at in places:
         path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
@@ -428,64 +733,3 @@ def test_no_flipped_byte_of_the_file_gives_anything_but_a_break_or_a_clear_error
                     assert ledger.entries() == entries, f"byte {at}: other content, no break"
         except TakedownError as error:
             assert str(path) in str(error)
-
-
-# --- what the entries say ---------------------------------------------------------------------------------
-
-
-def _entries(*events: Event) -> tuple[LedgerEntry, ...]:
-    return tuple(
-        LedgerEntry(seq=i, at=AT + timedelta(days=i), event=event, previous="", digest="")
-        for i, event in enumerate(events, 1)
-    )
-
-
-def test_current_version_is_the_latest_published_one() -> None:
-    entries = _entries(
-        _event("initialised", version=0),
-        _event("published", version=1),
-        _event("applied", version=7),
-        _event("refused"),
-    )
-    assert current_version(entries) == 1
-    assert current_version(entries[:1]) == 0
-    with pytest.raises(NotAWorkspace, match="did not finish"):
-        current_version(())
-
-
-@pytest.mark.parametrize("kind", ["repeat", "folded", "empty", "not-memorised", "applied", "refused"])
-def test_a_decision_moves_a_request_out_of_waiting(kind: str) -> None:
-    events = (_received("TD-1"), _received("TD-2", "b2"), _event(kind, request_id="TD-1", version=3, run_id="r"))
-    states = request_states(_entries(*events))
-    assert list(states) == ["TD-1", "TD-2"]
-    one, two = states["TD-1"], states["TD-2"]
-    assert (one.state, one.version, one.run_id, one.decided_at) == (kind, 3, "r", AT + timedelta(days=3))
-    assert (one.batch_id, one.commitment) == ("b1", "c-TD-1")
-    assert one.received_at == datetime(2026, 11, 20, 8, tzinfo=UTC)
-    assert (two.state, two.batch_id, two.decided_at, two.version) == ("waiting", "b2", None, None)
-
-
-def test_a_refused_request_can_be_applied_later() -> None:
-    events = [
-        _received("TD-1"),
-        _event("refused", request_id="TD-1", run_id="r1"),
-        _event("applied", request_id="TD-1", version=2, run_id="r2"),
-    ]
-    assert request_states(_entries(*events[:2]))["TD-1"].state == "refused"
-    state = request_states(_entries(*events))["TD-1"]
-    assert (state.state, state.version, state.run_id) == ("applied", 2, "r2")
-
-
-def test_events_of_runs_are_not_requests() -> None:
-    assert request_states(_entries(_event("published", version=1), _event("refused", run_id="r"))) == {}
-
-
-def test_a_ledger_that_makes_no_sense_is_not_skipped_over() -> None:
-    with pytest.raises(StoreDamaged, match="'TD-1' is applied but was never received"):
-        request_states(_entries(_event("applied", request_id="TD-1")))
-    with pytest.raises(StoreDamaged, match="needs data"):
-        request_states(_entries(_event("received", request_id="TD-1")))
-
-
-def test_known_batches() -> None:
-    assert known_batches(_entries(_received("a"), _received("b", "b2"), _event("published"))) == {"b1", "b2"}

@@ -6,6 +6,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import pytest
@@ -13,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import NumericalFailure
-from pipeline.plots import Series, alpha_curve, fill_of, lines, persistence_matrix, plain_text, sentence
+from pipeline.plots import Series, alpha_curve, fill_of, lines, persistence_matrix
 from pipeline.records import CurvePoint
+from pipeline.report_lineage import ROWS, lanes, lineage_graph, storage_bars
+from pipeline.report_svg import plain_text, sentence
+from pipeline.report_views import StorageView, VersionView
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = ["<script>alert(1)</script>", '" onload="x', "a & b", "</title></svg>", "{{ 7*7 }}", "\x00\x1b\ud800\uffff"]
@@ -337,6 +341,131 @@ def test_any_matrix_is_finite_and_inside_its_box(data: st.DataObject) -> None:
     assert len(list(root.iter(f"{SVG}rect"))) == rows * columns
 
 
+# --- versions ---------------------------------------------------------------------------------------------
+
+
+def node(number: int, parent: int | None, status: str = "superseded", requests: tuple[str, ...] = ()) -> VersionView:
+    return VersionView.model_validate(
+        {
+            "version": number, "parent": parent, "root": "r", "created_at": datetime(2026, 11, 2, tzinfo=UTC)
+            + timedelta(days=number), "published_by": "x", "run_id": None, "requests": requests, "selected": None,
+            "changed": None, "total": None, "alpha": None, "status": status,
+        }
+    )  # fmt: skip
+
+
+FORKED = (
+    node(0, None, "purged"), node(1, 0), node(2, 1, "rolled back", ("TD-2",)), node(3, 2, "rolled back"),
+    node(4, 1, "rolled back"), node(5, 1, "current", ("TD-5", "TD-6")), node(6, 5, "rolled back"),
+)  # fmt: skip
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[list[VersionView], list[int]]:
+    """Any tree of versions in which parents come first, some left out, and the line to one of them."""
+    parents: dict[int, int | None] = {0: None}
+    for number in range(1, draw(st.integers(1, 70))):
+        parents[number] = draw(st.integers(0, number - 1))
+    current = draw(st.sampled_from(sorted(parents)))
+    line = [current]
+    while (parent := parents[line[-1]]) is not None:
+        line.append(parent)
+    lost = draw(st.sets(st.sampled_from(sorted(parents)), max_size=3)) - {current}
+    status = {n: "current" if n == current else "superseded" if n in line else "rolled back" for n in parents}
+    return [node(n, p, status[n]) for n, p in parents.items() if n not in lost], line
+
+
+def test_branches_stand_beside_the_line_that_is_in_force() -> None:
+    assert lanes(FORKED, (0, 1, 5)) == {0: 0, 1: 0, 2: 1, 3: 1, 4: 2, 5: 0, 6: 1}
+
+
+@settings(max_examples=150, deadline=None)
+@given(histories())
+def test_no_edge_runs_through_a_version_that_it_does_not_belong_to(
+    history: tuple[list[VersionView], list[int]],
+) -> None:
+    nodes, line = history
+    column, row = lanes(nodes, line), {v.version: i for i, v in enumerate(nodes)}
+    assert {v for v in column if column[v] == 0} == {v.version for v in nodes if v.version in line}
+    for v in nodes:
+        if v.parent in row:
+            between = [n for n in nodes if row[v.parent] < row[n.version] < row[v.version]]
+            assert all(column[n.version] != column[v.version] for n in between), v
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories())
+def test_any_graph_shows_every_version_once_and_stays_inside_its_box(
+    history: tuple[list[VersionView], list[int]],
+) -> None:
+    nodes, line = history
+    figures = [parse(svg) for svg in lineage_graph(nodes, line)]
+    assert len(figures) == math.ceil(len(nodes) / ROWS)
+    for root in figures:
+        assert_inside(root)
+        assert float(root.attrib["height"]) < 900  # a printed A4 page has about 1,000
+    shown = [t for root in figures for t in texts(root) if re.fullmatch(r"v\d+", t)]
+    assert shown == [f"v{v.version}" for v in nodes]
+
+
+def test_graph_tells_status_by_shape_and_word() -> None:
+    (root,) = (parse(svg) for svg in lineage_graph(FORKED, (0, 1, 5)))
+    shapes: dict[str, set[tuple[str, ...]]] = {}
+    rows: dict[float, list[str]] = {}
+    for e in root.iter(f"{SVG}path"):
+        rows.setdefault(numbers(e.attrib["transform"])[1], []).append(e.attrib["d"])
+    for v, (_, paths) in zip(FORKED, sorted(rows.items()), strict=True):
+        shapes.setdefault(v.status, set()).add(tuple(paths))
+    assert all(len(found) == 1 for found in shapes.values())
+    assert len({next(iter(found)) for found in shapes.values()}) == 4
+    assert [t for t in texts(root) if t in shapes] == [v.status for v in FORKED]
+    dashed = [e for e in root.iter(f"{SVG}line") if e.get("stroke-dasharray")]
+    solid = [e for e in root.iter(f"{SVG}line") if not e.get("stroke-dasharray")]
+    assert len(solid) == 2  # 0-1 and 1-5, straight
+    assert {e.attrib["x1"] == e.attrib["x2"] for e in solid} == {True} and dashed
+    said = root[1].text or ""
+    assert said.startswith("Current: v5; superseded: v1; rolled back: v2, v3, v4, v6; purged: v0.")
+    assert "v4 from v1" in said and "v5 from v1" in said
+
+
+def test_edges_go_on_over_the_border_of_a_figure() -> None:
+    nodes = [node(0, None), *(node(n, n - 1) for n in range(1, ROWS + 3))]
+    first, second = (parse(svg) for svg in lineage_graph(nodes, [v.version for v in nodes]))
+    assert len(list(first.iter(f"{SVG}line"))) == ROWS  # the last one leads on to the next figure
+    tops = sorted(float(e.attrib["y1"]) for e in second.iter(f"{SVG}line"))
+    assert tops[0] == pytest.approx(22.0)  # where the first row begins
+
+
+def stored(number: int, kind: str, added: int | None) -> StorageView:
+    return StorageView.model_validate({"version": number, "kind": kind, "added": added, "whole": 1_000_000})
+
+
+def test_storage_bars_are_shares_of_a_whole_copy() -> None:
+    views = [
+        stored(0, "whole", 1_004_000), stored(1, "delta", 250_000), stored(2, "delta", 1),
+        stored(3, "purged", 0), stored(4, "missing", None),
+    ]  # fmt: skip
+    (root,) = (parse(svg) for svg in storage_bars(views))
+    assert_inside(root)
+    rects = [(float(e.attrib["y"]), float(e.attrib["width"]), e.attrib["fill"]) for e in root.iter(f"{SVG}rect")]
+    rows = [[r for r in rects if r[0] == y] for y in sorted({r[0] for r in rects})]
+    assert [len(row) for row in rows] == [2, 2, 2, 1, 1]  # a frame each, and what is stored
+    frame = rows[0][0][1]
+    assert [row[1][1] / frame for row in rows[:3]] == pytest.approx([1.0, 0.25, 2 / frame])
+    assert rows[0][1][2] != rows[1][1][2]  # whole and delta differ in black and white
+    assert {"whole", "delta", "purged", "▲ missing", "1.00 MB", "250 kB", "25 %", "–"} <= set(texts(root))
+    assert "v1 delta, 250 kB of 1.00 MB" in (root[1].text or "")
+
+
+def test_many_versions_make_several_figures_that_fit_a_page() -> None:
+    figures = [parse(svg) for svg in storage_bars([stored(n, "delta", 10) for n in range(2 * ROWS + 1)])]
+    assert len(figures) == 3 and all(float(root.attrib["height"]) < 900 for root in figures)
+    assert [root[0].text for root in figures][
+        1
+    ] == f"Bytes added to the store by each version, v{ROWS} to v{2 * ROWS - 1}"
+    assert storage_bars([]) == lineage_graph([], []) == []
+
+
 # --- all of them ------------------------------------------------------------------------------------------
 
 
@@ -347,6 +476,7 @@ def test_labels_are_text(hostile: str) -> None:
         persistence_matrix([hostile], [hostile], [[0.9]], [0.2]),
         lines([hostile], [Series(hostile, [0.1])], hostile, hostile),
         sentence(hostile, hostile),
+        *lineage_graph([node(0, None), node(1, 0, "current", (hostile,))], [0, 1]),
     ):
         assert shown in "".join(parse(svg).itertext())
 

@@ -1,0 +1,85 @@
+"""What all verbs of the command line share: where they print, how tables look, which workspace is meant."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.display import cell
+from pipeline.errors import UsageError
+from pipeline.records import Record
+from pipeline.workspace import Workspace, open_workspace
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+TIME = "%Y-%m-%d %H:%MZ"
+"""All times are kept in UTC."""
+
+RIGHT = ("before", "after", "bytes", "entries", "changed")
+"""Last words of column titles whose cells are numbers."""
+
+UNBROKEN = ("#", "at", "event", "version", "received", "made", "status")
+"""Columns that stay on one line when a terminal is narrow; the others fold."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+Actor = Annotated[str, typer.Option("--actor", help="Who does it, for the ledger.", default_factory=getpass.getuser)]
+Reason = Annotated[str, typer.Option("--reason", help="Why; stays on record for ever, so no names and no texts.")]
+
+
+def opened(context: typer.Context) -> Workspace:
+    """The workspace of this call."""
+    root: Path = context.obj
+    return open_workspace(root)
+
+
+def show_json(value: Any) -> None:
+    """Print a value as JSON; records become objects."""
+
+    def plain_value(item: Any) -> Any:
+        return item.model_dump(mode="json") if isinstance(item, Record) else str(item)
+
+    sys.stdout.write(json.dumps(value, default=plain_value, indent=2, ensure_ascii=True) + "\n")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A table whose cells are shown literally, whatever they hold."""
+    made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        justify: Literal["left", "right"] = "right" if column.endswith(RIGHT) else "left"
+        made.add_column(column, justify=justify, overflow="fold", no_wrap=column in UNBROKEN)
+    for row in rows:
+        made.add_row(*(cell("" if v is None else str(v)) for v in row))
+    return made
+
+
+def say(text: str) -> None:
+    """Print a line literally."""
+    out.print(Text(text), soft_wrap=True)
+
+
+def number_of(name: str) -> int:
+    """``v3`` or ``3`` as a number.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    digits = name.removeprefix("v")
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 10):
+        raise UsageError(f"{name!r}: is no version. Versions are called v0, v1, …; `takedown versions` lists them.")
+    return int(digits)
+
+
+def megabytes(nbytes: int) -> str:
+    """A size for people."""
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e5 else f"{nbytes:,} bytes"

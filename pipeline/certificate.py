@@ -1,0 +1,605 @@
+"""The certificate of one request: what was done and measured, with proofs that hold without this software.
+
+In: a workspace and a request. Out: a folder for the claimant or a court: the certificate for machines and for people,
+the log's checkpoint, both public keys, the model's signature, and the program that checks them. Never: a text, a
+contact, another request's title or id, torch, a lock, a write anywhere else.
+
+The version's manifest is not given away: it lists every request of its run. What it would show is shown without it, by
+the log's entry that names root and signature side by side, and by the signature, which lists the files.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline import verify_bundle
+from pipeline.errors import StoreDamaged, UsageError
+from pipeline.evidence import check_leaves, find_check, recall
+from pipeline.files import canonical_json, explained_space, fsync_folder, write_new
+from pipeline.gate import ROUNDING
+from pipeline.keys import log_vkey, model_public_key
+from pipeline.ledger import Ledger
+from pipeline.merkle import inclusion_proof, leaf_hash
+from pipeline.notes import read_checkpoint
+from pipeline.records import Comparison, Evaluation, LedgerEntry, NeverSeenLevel, Record, TextScore
+from pipeline.report_svg import plain_text
+from pipeline.report_words import decimal
+from pipeline.states import RequestState, ancestry, current_version, published_versions, request_states
+from pipeline.vault import Vault
+from pipeline.versions import SIGNATURE, VersionStore
+from pipeline.workspace import Workspace
+
+CERTIFICATE, PAGE = "certificate.json", "certificate.html"
+
+STATES_CERTIFIED = ("verified", "countered", *verify_bundle.ANSWERS)
+"""States of which a certificate can speak; a countered text stays out until it is reinstated."""
+
+# --- the record; every time is text as the log has it -----------------------------------------------------
+
+
+class CertifiedRequest(Record):
+    """The request; title and rights holder are the sender's words and stand in no log.
+
+    Attributes:
+        request_id: Its id.
+        title: Name of the work, untrusted.
+        rights_holder: Who claims, untrusted.
+        batch_id: Batch that it came in.
+        received_at: When, as the batch says.
+        recorded_at: When the log recorded it.
+        commitment: Keyed digest of the text; whoever has the vault's key can recompute it.
+    """
+
+    request_id: str
+    title: str
+    rights_holder: str
+    batch_id: str
+    received_at: str
+    recorded_at: str
+    commitment: str
+
+
+class CertifiedVersion(Record):
+    """The version that the certificate is about, as the log published it.
+
+    Attributes:
+        version: Its number: the first that excludes the text, else the one on which the text was measured.
+        root: Tensor root, the identity of the weights.
+        manifest: Digest of its manifest, which is not given away.
+        signature: Digest of ``model.sig``.
+        parent: Version that it was made from; None for v0.
+        published_at: When.
+        published_by: Who.
+    """
+
+    version: int
+    root: str
+    manifest: str
+    signature: str
+    parent: int | None
+    published_at: str
+    published_by: str
+
+
+class LaterVersion(Record):
+    """A version made from that one.
+
+    Attributes:
+        version: Its number.
+        root: Tensor root.
+        published_at: When.
+        published_by: Who.
+        measured: Score of the text on it; None where it was not measured, as with a text that was not excluded.
+    """
+
+    version: int
+    root: str
+    published_at: str
+    published_by: str
+    measured: TextScore | None
+
+
+class Measured(Record):
+    """What was measured of a text that was taken out.
+
+    Attributes:
+        before: On the parent.
+        after: On the version that excludes it.
+        level: Score of text that the model never saw.
+        limit: Level plus the tolerance that was fixed beforehand.
+    """
+
+    before: TextScore
+    after: TextScore
+    level: NeverSeenLevel
+    limit: float
+
+
+class Answered(Record):
+    """What was measured of a text that needed no new version.
+
+    Attributes:
+        exact_memorisation: Share of its tokens that the model predicted, over the whole text, in [0, 1].
+        passages: Number of passages of the text.
+        memorised: How many of them counted as memorised.
+        covered: Share of the text that earlier takedowns cover, in [0, 1].
+    """
+
+    exact_memorisation: float
+    passages: int
+    memorised: int
+    covered: float
+
+
+class FixedBefore(Record):
+    """What was on record before the run that answered.
+
+    Attributes:
+        run_id: The run.
+        planned_at: When.
+        planned_by: Who.
+        limits: The gate's limits.
+        settings: Digest of all settings.
+        code: Release that computed.
+    """
+
+    run_id: str
+    planned_at: str
+    planned_by: str
+    limits: dict[str, float]
+    settings: str
+    code: str
+
+
+class GateDecision(Record):
+    """How the gate decided.
+
+    Attributes:
+        accepted_at: When.
+        accepted_by: Who.
+        checks: Root over everything that was measured in the run.
+        reasons: Limits broken: none.
+        unchecked: Limits that could not be checked.
+    """
+
+    accepted_at: str
+    accepted_by: str
+    checks: str
+    reasons: tuple[str, ...]
+    unchecked: tuple[str, ...]
+
+
+class ProvenCheck(Record):
+    """A measurement with its way up to the root over all measurements of its run.
+
+    Attributes:
+        version: Version measured.
+        comparison: The measurement.
+        index: Its place among them, from 0.
+        size: How many there are.
+        proof: Merkle inclusion proof, each hash in base64.
+    """
+
+    version: int
+    comparison: Comparison
+    index: int
+    size: int
+    proof: tuple[str, ...]
+
+
+class ProvenEntry(Record):
+    """An entry of the log.
+
+    Attributes:
+        leaf: Its exact text, ASCII; the leaf's number is its ``seq`` less one.
+        proof: Merkle inclusion proof to the checkpoint's root, each hash in base64.
+    """
+
+    leaf: str
+    proof: tuple[str, ...]
+
+
+class LogProof(Record):
+    """The log as far as the certificate needs it.
+
+    Attributes:
+        checkpoint: The newest signed checkpoint.
+        vkey: The key that signed it.
+        entries: By rising number.
+    """
+
+    checkpoint: str
+    vkey: str
+    entries: tuple[ProvenEntry, ...]
+
+
+class Certificate(Record):
+    """What is certified of a request.
+
+    Attributes:
+        format: Version of this layout.
+        issued_at: When this was written.
+        lineage: Name of the lineage.
+        request: The request.
+        outcome: ``excluded`` by a version, else how it was answered without one.
+        state: Where the request stands now.
+        decided_at: When that was decided.
+        decided_by: Who ran it.
+        version: The version that this is about.
+        current: The version in force.
+        later: Versions made from that one, up to the one in force.
+        passages: Token ranges (prompt start, start, end) of the text that were taken out and measured.
+        measured: For a text that was taken out.
+        answer: For one that was not.
+        plan: What was on record beforehand.
+        gate: For a text that was taken out.
+        statement: What this certifies in words, and what it does not.
+        checks: The measurements, with proofs.
+        log: The log's entries, with proofs.
+    """
+
+    format: Literal["takedown-certificate-1"]
+    issued_at: str
+    lineage: str
+    request: CertifiedRequest
+    outcome: Literal["excluded", "repeat", "folded", "empty", "not-memorised"]
+    state: str
+    decided_at: str
+    decided_by: str
+    version: CertifiedVersion
+    current: int
+    later: tuple[LaterVersion, ...]
+    passages: tuple[tuple[int, int, int], ...]
+    measured: Measured | None
+    answer: Answered | None
+    plan: FixedBefore
+    gate: GateDecision | None
+    statement: tuple[str, ...]
+    checks: tuple[ProvenCheck, ...]
+    log: LogProof
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+class _Log(NamedTuple):
+    """The log up to its newest checkpoint; what a running command appends meanwhile is left out."""
+
+    note: str
+    vkey: str
+    entries: tuple[LedgerEntry, ...]
+    leaves: tuple[bytes, ...]
+
+    def find(self, kind: str, **wanted: object) -> LedgerEntry | None:
+        """The newest entry of a kind with these fields of its event."""
+        for entry in reversed(self.entries):
+            if entry.event.kind == kind and all(getattr(entry.event, k) == v for k, v in wanted.items()):
+                return entry
+        return None
+
+    def needed(self, kind: str, **wanted: object) -> LedgerEntry:
+        """Like `find`, but it must be there."""
+        found = self.find(kind, **wanted)
+        if found is None:
+            about = ", ".join(f"{name} {value}" for name, value in wanted.items())
+            raise StoreDamaged(f"The ledger has no entry {kind!r} ({about}). Run `takedown verify`.")
+        return found
+
+    def at(self, entry: LedgerEntry) -> str:
+        """The time of an entry, as its leaf has it."""
+        return verify_bundle.read_entry(f"entry {entry.seq}", self.leaves[entry.seq - 1].decode()).at
+
+
+def _read_log(workspace: Workspace) -> _Log:
+    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+        note = ledger.checkpoint()  # first: entries are only ever added behind it
+        entries, leaves = ledger.entries(), ledger.leaves()
+    if note is None:
+        raise StoreDamaged(f"{workspace.ledger}: has no signed checkpoint. Run `takedown verify`.")
+    vkey = log_vkey(workspace.keys)
+    size = read_checkpoint(note, vkey).size
+    return _Log(note, vkey, entries[:size], tuple(leaves[:size]))
+
+
+class _Case(NamedTuple):
+    """A request that can be certified.
+
+    Attributes:
+        state: Where it stands.
+        decision: The entry that answered it: ``verified`` where a version excludes it.
+        path: Versions from the one that the answer names to the one in force.
+    """
+
+    state: RequestState
+    decision: LedgerEntry
+    path: tuple[int, ...]
+
+    @property
+    def excluded(self) -> bool:
+        return self.decision.event.kind == "verified"
+
+
+def _case(log: _Log, request_id: str) -> _Case:
+    """Find what can be certified of a request.
+
+    Raises:
+        UsageError: Nothing can; says why.
+    """
+
+    def refuse(found: str) -> UsageError:
+        return UsageError(f"request {request_id!r}: {found}. There is nothing to certify; see `takedown status`.")
+
+    state = request_states(log.entries).get(request_id)
+    if state is None:
+        raise UsageError(f"request {request_id!r}: was never received. `takedown status` lists all requests.")
+    if state.state not in STATES_CERTIFIED or state.run_id is None or state.decision is None:
+        raise refuse(f"is {state.state}")
+    decision = log.find("verified", request_id=request_id, run_id=state.run_id)
+    if decision is None and state.decision in verify_bundle.ANSWERS:
+        decision = log.needed(state.decision, request_id=request_id, run_id=state.run_id)
+    if decision is None or decision.event.version is None:
+        raise refuse("was taken out, but no measurement of it is on record")
+    regressed = log.find("regressed", request_id=request_id)
+    if regressed is not None and regressed.seq > decision.seq:
+        raise refuse(f"came back after v{decision.event.version} (ledger entry {regressed.seq})")
+    current, version = current_version(log.entries), decision.event.version
+    path = ancestry(published_versions(log.entries), current)
+    if version not in path:
+        raise refuse(f"was answered on v{version}, but v{current} is in force, which was not made from it")
+    if decision.event.data.get("evidence"):
+        raise UsageError(
+            f"request {request_id!r}: the entry that answers it ({decision.seq}) names other requests that its text "
+            "resembles, and a certificate would give their ids away. An auditor can read it with `takedown log`."
+        )
+    return _Case(state, decision, path[path.index(version) :])
+
+
+def _published(log: _Log, version: int) -> LedgerEntry:
+    return log.needed("published" if version else "initialised", version=version)
+
+
+def _hashes(proof: Sequence[bytes]) -> tuple[str, ...]:
+    return tuple(base64.b64encode(node).decode() for node in proof)
+
+
+def _checks(log: _Log, store: VersionStore, case: _Case, request_id: str) -> tuple[ProvenCheck, ...]:
+    """The measurements of the text on the versions, each proven to be among those that the gate decided on.
+
+    A text that was taken out was measured for every version since; another one only in the run that answered it.
+
+    Raises:
+        StoreDamaged: A version has none.
+        UsageError: One is above the limit.
+    """
+    found = []
+    roles = (*verify_bundle.TAKEN_OUT_NOW, "earlier") if case.excluded else verify_bundle.ANSWERS
+    for version in case.path:
+        run_id = _published(log, version).event.run_id
+        if not case.excluded and run_id != case.decision.event.run_id:
+            continue
+        evaluation = recall(store.objects, log.needed("accepted", run_id=run_id), "evaluate", Evaluation)
+        index = None if evaluation is None else find_check(evaluation, request_id, roles)
+        if evaluation is None or index is None:
+            raise StoreDamaged(f"v{version}: request {request_id!r} was not measured on it. Run `takedown verify`.")
+        leaves = check_leaves(evaluation)
+        proof = inclusion_proof([leaf_hash(leaf) for leaf in leaves], index)
+        found.append(
+            ProvenCheck(
+                version=version,
+                comparison=evaluation.comparisons[index],
+                index=index,
+                size=len(leaves),
+                proof=_hashes(proof),
+            )
+        )
+    if case.excluded:
+        limit = Measured.model_validate(case.decision.event.data).limit
+        for check in found:
+            if (after := check.comparison.after.exact_memorisation) > limit + ROUNDING:
+                raise UsageError(
+                    f"request {request_id!r}: v{check.version} was measured at {after:.3f}, above the limit of "
+                    f"{limit:.3f} that held when the text was taken out. There is nothing to certify until a later "
+                    "version is below it."
+                )
+    return tuple(found)
+
+
+def _used_entries(log: _Log, case: _Case, request_id: str) -> list[LedgerEntry]:
+    """The entries that the certificate rests on, by rising number."""
+    run_id = case.decision.event.run_id
+    used = [
+        _published(log, 0), log.needed("planned", run_id=run_id), case.decision,
+        next(e for e in log.entries if e.event.kind == "received" and e.event.request_id == request_id),
+    ]  # fmt: skip
+    for version in case.path:
+        published = _published(log, version)
+        used.append(published)
+        if case.excluded or (version and published.event.run_id == run_id):
+            used += [log.needed(kind, run_id=published.event.run_id) for kind in ("planned", "accepted")]
+    return sorted({entry.seq: entry for entry in used}.values(), key=lambda entry: entry.seq)
+
+
+def _passages(store: VersionStore, entry: LedgerEntry, request_id: str) -> tuple[tuple[int, int, int], ...]:
+    """Which passages of the text a version was made without, from its manifest."""
+    version = entry.event.version or 0
+    if store.manifest_digest(version) != entry.event.data.get("manifest"):
+        raise StoreDamaged(f"v{version}: its manifest is not the one that was published. Run `takedown verify`.")
+    memorised = store.manifest(version).report.get("memorised")
+    rows = memorised.get(request_id) if isinstance(memorised, Mapping) else None
+    if not rows:
+        raise StoreDamaged(f"v{version}: its manifest names no passages of {request_id!r}. Run `takedown verify`.")
+    return tuple((start, first, end) for start, first, end in rows)
+
+
+def certify(workspace: Workspace, request_id: str) -> Certificate:
+    """Put together what can be certified of a request.
+
+    Raises:
+        UsageError: Nothing can: it waits, was refused, came back, was withdrawn, or the version is not in force.
+        StoreDamaged: The ledger or the evidence does not hold.
+    """
+    log, store = _read_log(workspace), VersionStore(workspace.versions)
+    case = _case(log, request_id)
+    checks = _checks(log, store, case, request_id)
+    request = Vault(workspace.vault).get(request_id)
+    used = _used_entries(log, case, request_id)
+    received = next(e for e in used if e.event.kind == "received")
+    decision, version = case.decision, _published(log, case.path[0])
+    plan = log.needed("planned", run_id=decision.event.run_id)
+    hashes = [leaf_hash(leaf) for leaf in log.leaves]
+    measured = {check.version: check.comparison.after for check in checks}
+    data = decision.event.data
+
+    def later(number: int) -> LaterVersion:
+        entry = _published(log, number)
+        return LaterVersion(
+            version=number,
+            root=str(entry.event.data["root"]),
+            published_at=log.at(entry),
+            published_by=entry.event.actor,
+            measured=measured.get(number),
+        )
+
+    tree: dict[str, object] = {
+        "format": verify_bundle.FORMAT,
+        "issued_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "lineage": _published(log, 0).event.data.get("lineage"),
+        "request": {
+            "request_id": request_id,
+            "title": request.title,
+            "rights_holder": request.rights_holder,
+            "batch_id": received.event.data["batch_id"],
+            "received_at": received.event.data["received_at"],
+            "recorded_at": log.at(received),
+            "commitment": received.event.data["commitment"],
+        },
+        "outcome": "excluded" if case.excluded else decision.event.kind,
+        "state": case.state.state,
+        "decided_at": log.at(decision),
+        "decided_by": decision.event.actor,
+        "version": {
+            "version": case.path[0],
+            **{name: version.event.data.get(name) for name in ("root", "manifest", "signature", "parent")},
+            "published_at": log.at(version),
+            "published_by": version.event.actor,
+        },
+        "current": case.path[-1],
+        "later": [later(number).model_dump(mode="json") for number in case.path[1:]],
+        "passages": _passages(store, version, request_id) if case.excluded else (),
+        "measured": data if case.excluded else None,
+        "answer": None if case.excluded else {name: data.get(name) for name in Answered.model_fields},
+        "plan": {
+            "run_id": decision.event.run_id,
+            "planned_at": log.at(plan),
+            "planned_by": plan.event.actor,
+            **{name: plan.event.data.get(name) for name in ("limits", "settings", "code")},
+        },
+        "gate": _gate(log, case),
+        "checks": [check.model_dump(mode="json") for check in checks],
+        "log": {
+            "checkpoint": log.note,
+            "vkey": log.vkey,
+            "entries": [
+                {"leaf": log.leaves[e.seq - 1].decode(), "proof": _hashes(inclusion_proof(hashes, e.seq - 1))}
+                for e in used
+            ],
+        },
+    }
+    return Certificate.model_validate({**tree, "statement": verify_bundle.statement(tree)})
+
+
+def _gate(log: _Log, case: _Case) -> dict[str, object] | None:
+    if not case.excluded:
+        return None
+    accepted = log.needed("accepted", run_id=case.decision.event.run_id)
+    named = {name: accepted.event.data.get(name) for name in ("checks", "reasons", "unchecked")}
+    return {"accepted_at": log.at(accepted), "accepted_by": accepted.event.actor, **named}
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def write_certificate(workspace: Workspace, request_id: str, folder: Path) -> Certificate:
+    """Write the certificate of a request into a fresh folder, checked by the program that comes with it.
+
+    Args:
+        workspace: Where; only read.
+        request_id: The request.
+        folder: Absent or empty.
+
+    Returns:
+        What was written as ``certificate.json``.
+
+    Raises:
+        UsageError: The folder is not empty, or nothing can be certified, see `certify`.
+        StoreDamaged: What the workspace holds gives no certificate that holds.
+        NoSpace: The disk is full or read-only. Nothing is left behind.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: exists and is not empty. Name a new folder.")
+    certificate = certify(workspace, request_id)
+    files = {
+        CERTIFICATE: canonical_json(certificate.model_dump(mode="json")) + b"\n",
+        PAGE: render(certificate).encode(),
+        "checkpoint": certificate.log.checkpoint.encode(),
+        "log.pub": f"{certificate.log.vkey}\n".encode(),
+        "model.pub": model_public_key(workspace.keys),
+        SIGNATURE: VersionStore(workspace.versions).signature(certificate.version.version),
+        "verify_bundle.py": Path(verify_bundle.__file__).read_bytes(),
+    }
+    with explained_space(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            for name, data in files.items():
+                write_new(staging / name, data, mode=0o644)
+            lines = verify_bundle.check_bundle(staging)
+            if failed := [line.text for line in lines if line.verdict == "FAILED"]:
+                raise StoreDamaged(
+                    f"request {request_id!r}: its certificate would not hold: {'; '.join(failed)} Nothing was written; "
+                    "run `takedown verify`."
+                )
+            staging.replace(folder)  # takes the place of an empty folder, too
+            fsync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    return certificate
+
+
+def render(certificate: Certificate) -> str:
+    """The certificate as one printable HTML page that loads nothing and runs nothing."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_clean,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(decimal=decimal, moment=_moment)
+    entries = [
+        (verify_bundle.read_entry("entry", proven.leaf), proven, leaf_hash(proven.leaf.encode()).hex())
+        for proven in certificate.log.entries
+    ]
+    leaves = [canonical_json(check.comparison.model_dump(mode="json")).decode() for check in certificate.checks]
+    return environment.get_template("certificate.html").render(c=certificate, entries=entries, leaves=leaves)
+
+
+def _moment(text: str) -> str:
+    """A moment in UTC, to the second."""
+    return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _clean(value: object) -> object:
+    """What Jinja calls on every output before escaping: control characters of untrusted text become visible."""
+    return plain_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,0 +1,116 @@
+"""Move the current version back: an event, never a deletion.
+
+In: a workspace and a version. Out: a ledger entry, and one for each request whose text comes back with it. Never: text
+brought back without an override on record, or a version made current that the store cannot give back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.errors import Refused, UsageError
+from pipeline.ledger import Ledger
+from pipeline.records import Event, LedgerEntry, Record
+from pipeline.states import (
+    ancestry,
+    brought_back,
+    current_version,
+    published_versions,
+    purged_versions,
+    request_states,
+)
+from pipeline.versions import VersionStore
+from pipeline.workspace import Workspace, writing
+
+
+class Rollback(Record):
+    """A rollback that was done.
+
+    Attributes:
+        left: Version that was current.
+        version: Version that is current now.
+        brought_back: Requests whose text the new current version does not exclude any more; the next run works on
+            them again.
+        out_again: Requests that had come back by an earlier rollback and that this version excludes.
+    """
+
+    left: int
+    version: int
+    brought_back: tuple[str, ...]
+    out_again: tuple[str, ...]
+
+
+def roll_back(workspace: Workspace, version: int, actor: str, reason: str, override: bool = False) -> Rollback:
+    """Make an earlier (or left) version the current one.
+
+    Args:
+        workspace: Where.
+        version: The version to be in force.
+        actor: Who does it.
+        reason: Why, in words that may stay for ever: no names, no text of a request.
+        override: Do it though removed text comes back.
+
+    Raises:
+        UsageError: No such version, no reason, already current, or purged.
+        Refused: Removed text would come back, and there is no override.
+        StoreDamaged: The store cannot make this version again.
+        WorkspaceBusy: Another process is writing.
+    """
+    if not reason.strip():
+        raise UsageError("A rollback needs a reason: it stays on record. Give one with --reason.")
+    store = VersionStore(workspace.versions)
+    with writing(workspace), Ledger.open(workspace.ledger) as ledger:
+        entries = ledger.entries()
+        left, known = current_version(entries), published_versions(entries)
+        if version not in known:
+            raise UsageError(f"v{version}: was never published. `takedown versions` lists all.")
+        if version == left:
+            raise UsageError(f"v{version}: is the current version already. Nothing was changed.")
+        if version in purged_versions(entries):
+            raise UsageError(f"v{version}: its weights were purged. Choose a version that is still there.")
+        back = brought_back(entries, version)
+        if back and not override:
+            raise Refused(
+                f"v{version}: still holds what was taken out for {', '.join(back)}. Nothing was changed; to bring it "
+                "back nevertheless, on record, add --override."
+            )
+        store.check_restores(store.manifest(version))
+        again = _out_again(entries, version)
+        data: dict[str, object] = {"left": left, "reason": reason, "override": override, "brought_back": list(back)}
+        ledger.append(
+            Event(kind="rolled-back", actor=actor, version=version, data=data),
+            *(
+                Event(kind="regressed", actor=actor, version=version, request_id=name, data={"cause": "rollback"})
+                for name in back
+            ),
+            *(
+                # The weights are those that were measured: what was found on them holds again.
+                Event(
+                    kind="verified",
+                    actor=actor,
+                    version=event.version,
+                    request_id=event.request_id,
+                    run_id=event.run_id,
+                    data={**event.data, "cause": "rollback"},
+                )
+                for event in again
+            ),
+        )
+    return Rollback(
+        left=left, version=version, brought_back=back, out_again=tuple(str(event.request_id) for event in again)
+    )
+
+
+def _out_again(entries: Sequence[LedgerEntry], version: int) -> list[Event]:
+    """The measurements of requests that came back by an earlier rollback and that this version excludes after all."""
+    path = ancestry(published_versions(entries), version)
+    came_back = {n: s.version for n, s in request_states(entries).items() if s.state == "regressed"}
+    found = {
+        e.event.request_id: e.event
+        for e in entries
+        if e.event.kind == "verified"
+        and e.event.request_id in came_back
+        and e.event.version == came_back[e.event.request_id]
+        and e.event.version in path
+    }
+    return list(found.values())

@@ -1,0 +1,217 @@
+"""What the ledger's entries say: where each request stands, which version is in force, what it excludes.
+
+In: entries. Out: plain records. Never: a file, a state that was stored: every one is derived from the events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Literal
+
+from pydantic import ValidationError
+
+from pipeline.errors import NotAWorkspace, StoreDamaged
+from pipeline.records import LedgerEntry, Record
+
+State = Literal[
+    "waiting", "repeat", "folded", "empty", "not-memorised", "applied", "verified", "refused", "regressed",
+    "countered", "reinstated", "withdrawn",
+]  # fmt: skip
+
+DECISIONS = ("repeat", "folded", "empty", "not-memorised", "applied", "refused")
+"""Events with which a run answers a request; the state bears the same name."""
+TO_DO = ("waiting", "refused", "regressed")
+"""States that the next run works on."""
+TAKEN_OUT = ("applied", "verified", "folded", "repeat", "countered")
+"""States in which a version excludes the text. A countered one stays out until it is reinstated."""
+
+NEXT: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(DECISIONS, TO_DO),
+    "verified": ("applied", "folded", "regressed"),
+    "regressed": ("applied", "verified", "folded", "repeat", "countered"),
+    "countered": (*TO_DO, "applied", "verified", "folded", "repeat"),
+    "withdrawn": (*TO_DO, "applied", "verified", "folded", "repeat", "not-memorised", "empty", "countered"),
+    "reinstated": ("countered", "withdrawn"),
+}
+"""Event → states that it may follow. Its name is the state that it leads to."""
+
+HOLDS = {"hold": True, "released": False}
+"""Events that put a request on legal hold and end that; its state stays."""
+
+PUBLISHING = ("initialised", "published")
+"""Events that acknowledge a version."""
+
+
+class RequestState(Record):
+    """Where a request stands.
+
+    Attributes:
+        request_id: The request.
+        state: ``waiting``: received, nothing decided; ``refused``: the gate refused the last attempt, it is still to
+            be done; ``applied``: a published version was made without it; ``verified``: and that version was measured
+            below the limit; ``regressed``: it came back later and is still to be done; see `NEXT` for the others.
+        decision: How the last run answered it: one of `DECISIONS`; None while none has.
+        on_hold: Under legal hold: not worked on, and nothing that concerns it is destroyed.
+        batch_id: Batch that it arrived in.
+        received_at: When, as the batch says.
+        decided_at: When the state was reached; None while waiting.
+        version: Version named by the decision: for ``applied`` the first one that excludes the text.
+        run_id: Run that decided.
+        commitment: Binds the entry to the text in the vault without showing it.
+    """
+
+    request_id: str
+    state: State
+    decision: str | None = None
+    on_hold: bool = False
+    batch_id: str
+    received_at: datetime
+    decided_at: datetime | None = None
+    version: int | None = None
+    run_id: str | None = None
+    commitment: str | None = None
+
+    @property
+    def to_do(self) -> bool:
+        """Whether the next run works on it."""
+        return self.state in TO_DO and not self.on_hold
+
+
+def request_states(entries: Iterable[LedgerEntry]) -> dict[str, RequestState]:
+    """Where every request stands, in the order received.
+
+    Raises:
+        StoreDamaged: An event that cannot follow what came before it.
+    """
+    states, faults = follow(entries)
+    if faults:
+        entry, fault = faults[0]
+        raise StoreDamaged(f"ledger entry {entry.seq}: {fault}. Run `takedown verify`.")
+    return states
+
+
+def follow(
+    entries: Iterable[LedgerEntry],
+) -> tuple[dict[str, RequestState], list[tuple[LedgerEntry, str]]]:
+    """Follow all requests through the ledger.
+
+    Returns:
+        Their states, and every entry that cannot follow what came before it, with the reason.
+    """
+    states: dict[str, RequestState] = {}
+    faults = []
+    for entry in entries:
+        name = entry.event.request_id
+        if name is None:
+            continue
+        result = _received(entry) if entry.event.kind == "received" else _moved(states.get(name), entry)
+        if isinstance(result, str):
+            faults.append((entry, result))
+        elif entry.event.kind != "received" or name not in states:
+            states[name] = result
+    return states, faults
+
+
+def _received(entry: LedgerEntry) -> RequestState | str:
+    fields = {key: entry.event.data.get(key) for key in ("batch_id", "received_at", "commitment")}
+    try:
+        return RequestState.model_validate({"request_id": entry.event.request_id, "state": "waiting", **fields})
+    except ValidationError:
+        return "'received' needs data.batch_id and data.received_at"
+
+
+def _moved(known: RequestState | None, entry: LedgerEntry) -> RequestState | str:
+    """The state after an event, or why it cannot be."""
+    event = entry.event
+    if event.kind not in NEXT and event.kind not in HOLDS:
+        return f"{event.kind!r} is no event of a request"
+    if known is None:
+        return f"request {event.request_id!r} is {event.kind}, but no earlier entry received it"
+    if event.kind in HOLDS:
+        return known.model_copy(update={"on_hold": HOLDS[event.kind]})
+    if known.state not in NEXT[event.kind]:
+        return f"request {event.request_id!r} is {event.kind}, but was {known.state} before"
+    changes: dict[str, object] = {"state": event.kind, "decided_at": entry.at}
+    if event.kind in DECISIONS:
+        changes |= {"decision": event.kind, "version": event.version, "run_id": event.run_id}
+    elif event.kind == "countered" and known.state in TO_DO:
+        changes["version"] = None  # what was not taken out, or came back, is excluded by no version
+    return known.model_copy(update=changes)
+
+
+def current_version(entries: Sequence[LedgerEntry]) -> int:
+    """The version that is in force: that of the latest ``initialised``, ``published`` or ``rolled-back`` event.
+
+    Raises:
+        NotAWorkspace: There is none: ``takedown init`` did not finish.
+    """
+    return in_force(entries)[0]
+
+
+def in_force(entries: Sequence[LedgerEntry]) -> tuple[int, int]:
+    """The version that is in force, and the number of the entry that put it there.
+
+    Raises:
+        NotAWorkspace: See `current_version`.
+    """
+    for entry in reversed(entries):
+        if entry.event.kind in (*PUBLISHING, "rolled-back") and entry.event.version is not None:
+            return entry.event.version, entry.seq
+    raise NotAWorkspace("The ledger names no version: `takedown init` did not finish. Run it again.")
+
+
+def published_versions(entries: Iterable[LedgerEntry]) -> dict[int, LedgerEntry]:
+    """The entry that acknowledges each version, by rising version."""
+    found = {
+        e.event.version: e for e in entries if e.event.kind in PUBLISHING and e.event.version is not None
+    }  # fmt: skip
+    return dict(sorted(found.items()))
+
+
+def purged_versions(entries: Iterable[LedgerEntry]) -> dict[int, LedgerEntry]:
+    """Versions whose weights were destroyed, or are being destroyed, with the first entry that says so."""
+    found: dict[int, LedgerEntry] = {}
+    for entry in entries:
+        if entry.event.kind in ("purging", "purged"):
+            listed = entry.event.data.get("versions")
+            for version in listed if isinstance(listed, list) else ():
+                if isinstance(version, int):
+                    found.setdefault(version, entry)
+    return found
+
+
+def unfinished_purge(entries: Iterable[LedgerEntry]) -> LedgerEntry | None:
+    """The entry of a purge that was begun and not ended."""
+    begun: LedgerEntry | None = None
+    for entry in entries:
+        if entry.event.kind in ("purging", "purged"):
+            begun = entry if entry.event.kind == "purging" else None
+    return begun
+
+
+def ancestry(published: Mapping[int, LedgerEntry], version: int) -> tuple[int, ...]:
+    """The versions from v0 to this one, along the parents that the ledger names."""
+    path = [version]
+    while path[-1] in published:
+        parent = published[path[-1]].event.data.get("parent")
+        if not isinstance(parent, int) or parent >= path[-1]:  # versions only grow: no loop whatever is written there
+            break
+        path.append(parent)
+    return tuple(reversed(path))
+
+
+def excluded(entries: Sequence[LedgerEntry], version: int) -> dict[str, RequestState]:
+    """Requests that a version is meant to exclude: taken out in it or in one that it was made from."""
+    path = set(ancestry(published_versions(entries), version))
+    return {n: s for n, s in request_states(entries).items() if s.state in TAKEN_OUT and s.version in path}
+
+
+def brought_back(entries: Sequence[LedgerEntry], target: int) -> tuple[str, ...]:
+    """Requests that the current version excludes and the target does not: what a rollback would bring back."""
+    return tuple(sorted(excluded(entries, current_version(entries)).keys() - excluded(entries, target).keys()))
+
+
+def known_batches(entries: Iterable[LedgerEntry]) -> set[str]:
+    """Ids of all batches of which a request was received."""
+    return {str(e.event.data["batch_id"]) for e in entries if e.event.kind == "received" and "batch_id" in e.event.data}

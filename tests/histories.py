@@ -1,0 +1,217 @@
+"""Histories without a language model: real stores, ledgers, vaults and runs around small arrays of random weights.
+
+Everything is made by the code that makes it in production, from the records that the stages would have left; only the
+stages themselves, which need a model that recites something, are replaced. A step takes some 50 ms.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from workspaces import draw_text, take_in
+
+from pipeline.files import write_json
+from pipeline.ledger import Ledger
+from pipeline.records import (
+    Calibration,
+    Comparison,
+    DedupeDecision,
+    DedupeReport,
+    Evaluation,
+    FileRef,
+    LedgerEntry,
+    MaskReport,
+    MergeReport,
+    NeverSeenLevel,
+    PassageSpan,
+    Record,
+    ScreenedRequest,
+    ScreenReport,
+    Step,
+    TextScore,
+    VectorReport,
+    Verdict,
+)
+from pipeline.runs import open_run, plan_run
+from pipeline.safefile import model_root
+from pipeline.states import current_version, excluded
+from pipeline.versions import VersionStore
+from pipeline.workspace import Workspace, open_workspace, writing
+
+LEVEL = NeverSeenLevel(mean=0.16, std=0.05, passages=40, source="held-out")
+NOWHERE = FileRef(path="none", digest="sha256:" + "0" * 64)
+
+
+def array_model(
+    folder: Path, seed: int = 0, tensors: int = 3, shape: tuple[int, ...] = (16, 8), bfloat16: bool = False
+) -> Path:
+    """A model folder of random weights; bfloat16 is written as such, though numpy has no name for it."""
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng([seed, 0])
+    weights = {f"layer.{i}.weight": draw.normal(0, 0.02, shape).astype(np.float32) for i in range(tensors)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if bfloat16:
+        as_bfloat16(folder / "model.safetensors", weights)
+    (folder / "config.json").write_text('{"model_type": "arrays"}')
+    return folder
+
+
+def as_bfloat16(path: Path, weights: dict[str, np.ndarray]) -> None:
+    """Write weights cut to their upper 16 bits, with the dtype code of bfloat16."""
+    save_file({n: (w.view("<u4") >> 16).astype("<u2").view("<i2") for n, w in weights.items()}, path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(b'"I16"', b'"BF16"').rstrip()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
+def changed_copy(source: Path, target: Path, share: float, seed: int) -> int:
+    """Copy a model folder with a share of each tensor's entries moved by a tenth of their spread.
+
+    Returns:
+        The number of entries whose bits differ.
+    """
+    shutil.copytree(source, target)
+    draw, count = np.random.default_rng([seed, 1]), 0
+    for path in sorted(target.glob("*.safetensors")):
+        path.chmod(0o644)
+        with safe_open(path, "np") as file:
+            kinds = {n: file.get_slice(n).get_dtype() for n in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        data = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(bytes(data[8:start]))
+        for name, kind in kinds.items():
+            begin, end = header[name]["data_offsets"]
+            width = "<u2" if kind == "BF16" else "<u4"
+            bits = np.frombuffer(data, width, count=(end - begin) // int(width[2]), offset=start + begin)
+            moved = draw.random(bits.size) < share
+            new = bits.copy()
+            new[moved] ^= draw.integers(1, 8, int(moved.sum())).astype(width)
+            count += int((new != bits).sum())
+            data[start + begin : start + end] = new.tobytes()
+        path.write_bytes(bytes(data))
+    return count
+
+
+def start_history(root: Path, model: Path) -> Workspace:
+    """A workspace whose v0 is a folder of arrays."""
+    from pipeline.lineage import _fill
+
+    root.mkdir(parents=True)
+    _fill(Workspace(root), model, {}, "tester")
+    return open_workspace(root)
+
+
+def entries_of(workspace: Workspace) -> tuple[LedgerEntry, ...]:
+    """All ledger entries."""
+    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+        return ledger.entries()
+
+
+def _score(em: float) -> TextScore:
+    return TextScore(exact_memorisation=em, extraction_strength=0.0, rouge_1=em, rouge_l=em, longest_run=2, nll=4 - em)
+
+
+def _compare(name: str, role: str, before: float, after: float) -> Comparison:
+    return Comparison.model_validate({"name": name, "role": role, "before": _score(before), "after": _score(after)})
+
+
+def prepare_step(
+    workspace: Workspace, requests: Sequence[str], share: float = 0.05, accepted: bool = True, submit: bool = True
+) -> str:
+    """Take requests in and leave a run that has everything but its publish; the caller holds no lock.
+
+    Returns:
+        The run's id.
+    """
+    if submit:
+        take_in(workspace, f"batch-{requests[0]}", {name: draw_text(name, 30) for name in requests})
+    with writing(workspace):
+        plan = plan_run(workspace, list(requests), "tester")
+        assert plan is not None
+        run = open_run(workspace.root, plan.run_id)
+        store = VersionStore(workspace.versions)
+        parent = run.folder / "parent"
+        store.restore(plan.parent, parent)
+        changed = changed_copy(parent, run.folder / "candidate", share, seed=plan.parent + 1)
+        shutil.rmtree(parent)
+        total = sum(w.size for p in (run.folder / "candidate").glob("*.safetensors") for w in _arrays(p))
+        earlier = [n for n in excluded(entries_of(workspace), plan.parent) if n not in requests]
+        after = LEVEL.mean + (0.01 if accepted else 0.5)
+        step = Step(
+            vector=VectorReport(vector=NOWHERE, norm=1.0, losses=(2.0, 1.0), tokens=1000),
+            calibration=Calibration(
+                vector=NOWHERE, alpha=0.5, target=0.18, reached=accepted, bounded_by_utility=False, curve=()
+            ),
+        )
+        spans = {n: (PassageSpan(request_id=n, prompt_start=0, start=16, end=32),) for n in requests}
+        records: dict[str, Record] = {
+            "dedupe": DedupeReport(
+                decisions=tuple(DedupeDecision(request_id=n, verdict="fresh", covered=0.0) for n in requests),
+                retain_excluded=(),
+            ),
+            "screen": ScreenReport(
+                level=LEVEL,
+                memorised_above=0.31,
+                requests=tuple(
+                    ScreenedRequest(
+                        request_id=n, passages=1, memorised=spans[n], exact_memorisation=1.0, longest_extraction=0.9
+                    )
+                    for n in requests
+                ),
+            ),
+            "saliency": MaskReport(
+                mask=NOWHERE, mean=0.1, std=0.1, k=1.0, threshold=0.2, selected=changed, total=total, per_tensor={}
+            ),
+            "unlearn": step,
+            "repair": step,
+            "merge": MergeReport(
+                files=(),
+                root=model_root(run.folder / "candidate"),
+                selected=changed,
+                changed=changed,
+                changed_tensors=(),
+            ),
+            "evaluate": Evaluation(
+                level=LEVEL,
+                comparisons=(
+                    *(_compare(n, "this", 1.0, after) for n in requests),
+                    *(_compare(n, "earlier", 0.15, 0.15) for n in earlier),
+                    _compare("kept/a.txt", "kept", 0.98, 0.97),
+                    _compare("heldout/b.txt", "held-out", 0.16, 0.16),
+                ),
+            ),
+            "gate": Verdict(accepted=accepted, reasons=() if accepted else (f"{requests[0]} (this): too high.",)),
+        }
+        for name, record in records.items():
+            write_json(run.folder / f"{name}.json", {"key": "made", "record": record.model_dump(mode="json")})
+    return plan.run_id
+
+
+def publish(workspace: Workspace, run_id: str) -> None:
+    """Publish a prepared step as production does."""
+    from pipeline.answers import publish as answer
+
+    with writing(workspace):
+        answer(str(workspace.root), run_id, "tester")
+
+
+def make_step(workspace: Workspace, *requests: str, share: float = 0.05, accepted: bool = True) -> int:
+    """One step; returns the current version."""
+    publish(workspace, prepare_step(workspace, requests, share, accepted))
+    return current_version(entries_of(workspace))
+
+
+def _arrays(path: Path) -> list[np.ndarray]:
+    try:
+        return list(load_file(path).values())
+    except (AttributeError, KeyError, ValueError, TypeError):  # a dtype that numpy has no name for
+        with safe_open(path, "np") as file:
+            return [np.empty(file.get_slice(n).get_shape(), np.uint16) for n in file.keys()]  # noqa: SIM118
