@@ -5,6 +5,7 @@ Exit 0 fine · 1 the evidence says no · 2 wrong use.
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from flows.terminal import TIME, Json, err, megabytes, number_of, opened, out, s
 from pipeline.certificate import write_certificate
 from pipeline.diff import VersionDiff
 from pipeline.diff import diff as compare_versions
+from pipeline.digests import prove_tensor
 from pipeline.display import plain
 from pipeline.errors import UsageError
 from pipeline.export import EVENT_COLUMNS, REQUEST_COLUMNS, event_rows, request_rows, to_csv
@@ -144,14 +146,24 @@ def there(entries: tuple[LedgerEntry, ...], manifest: VersionManifest) -> None:
 
 
 @reading.command()
-def show(context: typer.Context, name: str, as_json: Json = False) -> None:
+def show(
+    context: typer.Context,
+    name: str,
+    tensor: Annotated[str | None, typer.Option("--tensor", help="Prove one tensor of a version (RFC 6962).")] = None,
+    as_json: Json = False,
+) -> None:
     """One version (v3) or one request.
 
-    Example: takedown -w ws show v1; takedown -w ws show TD-1
+    With --tensor: that this tensor is in the version's root, checkable without the other tensors.
+
+    Example: takedown -w ws show v1; takedown -w ws show TD-1; takedown -w ws show v1 --tensor lm_head.weight
     """
     workspace = opened(context)
     entries = read_entries(workspace)
     states = request_states(entries)
+    if tensor is not None:
+        show_tensor(workspace, manifest_of(workspace, entries, name), tensor, as_json)
+        return
     if name in states:
         events = [e for e in entries if e.event.request_id == name]
         if as_json:
@@ -165,6 +177,21 @@ def show(context: typer.Context, name: str, as_json: Json = False) -> None:
         show_json({"status": version_status(entries, manifest.version), "manifest": manifest, "entry": entry})
         return
     show_version(workspace, entries, manifest, entry)
+
+
+def show_tensor(workspace: Workspace, manifest: VersionManifest, name: str, as_json: bool) -> None:
+    """The proof that a tensor is in a version's root."""
+    proof = prove_tensor(VersionStore(workspace.versions).tensors(manifest), name)
+    if proof is None:
+        raise UsageError(f"v{manifest.version}: has no tensor {plain(name)}. `takedown diff` lists those that changed.")
+    hashes = [base64.b64encode(h).decode() for h in proof.proof]
+    if as_json:
+        show_json({"version": manifest.version, "root": manifest.root, "leaf": proof.leaf.decode(),
+                   "index": proof.index, "size": proof.size, "proof": hashes})  # fmt: skip
+        return
+    say(f"v{manifest.version}  {manifest.root}\nleaf {proof.index} of {proof.size}: {proof.leaf.decode()}")
+    for line in hashes:
+        say(f"  {line}")
 
 
 def show_request(state: RequestState, events: list[LedgerEntry]) -> None:

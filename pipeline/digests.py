@@ -8,10 +8,11 @@ sorted by name. safetensors headers are not byte-reproducible, so files are no i
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.files import canonical_json
-from pipeline.merkle import merkle_root
+from pipeline.merkle import inclusion_proof, leaf_hash, merkle_root
 
 
 class TensorDigest(NamedTuple):
@@ -26,6 +27,33 @@ class TensorDigest(NamedTuple):
 def tensor_root(tensors: Iterable[TensorDigest]) -> str:
     """The identity of a set of tensors as ``root-sha256:<hex>``; the order given does not matter."""
     return f"root-sha256:{merkle_root([tensor_leaf(t) for t in sorted(tensors)]).hex()}"
+
+
+@dataclass(frozen=True)
+class TensorProof:
+    """That one tensor is among those of a root, without the others (RFC 6962 section 2.1.1).
+
+    Attributes:
+        leaf: The tensor as a leaf: canonical JSON of name, dtype, shape and SHA-256 of its bytes.
+        index: Place of the leaf, sorted by name.
+        size: Number of tensors.
+        proof: Hashes on the way to the root, lowest first.
+    """
+
+    leaf: bytes
+    index: int
+    size: int
+    proof: tuple[bytes, ...]
+
+
+def prove_tensor(tensors: Iterable[TensorDigest], name: str) -> TensorProof | None:
+    """The proof of one tensor; None where there is none of this name. `merkle.verify_inclusion` checks it."""
+    ordered = sorted(tensors)
+    index = next((i for i, tensor in enumerate(ordered) if tensor.name == name), None)
+    if index is None:
+        return None
+    hashes = [leaf_hash(tensor_leaf(tensor)) for tensor in ordered]
+    return TensorProof(tensor_leaf(ordered[index]), index, len(ordered), inclusion_proof(hashes, index))
 
 
 def tensor_leaf(tensor: TensorDigest) -> bytes:

@@ -129,6 +129,7 @@ def test_reading_verbs_answer_in_text(takedown: Takedown, published: Path) -> No
         ("verify",): ["Everything matches"],
         ("verify", "--quick"): ["Everything is there and signed"],
         ("verify", "--deep"): ["made again from the store"],
+        ("show", "v1", "--tensor", "model.norm.weight"): ["leaf ", "model.norm.weight", "root-sha256:"],
         ("first-version", "A"): ["v1  root-sha256:"],
         ("diff", "v0", "v1"): ["v0 → v1", "entries differ", "model.layers", "excluded first: A, B", "changed"],
         ("diff", "v1", "v1"): ["have the same weights"],
@@ -297,6 +298,7 @@ def test_checkpoint_kept_elsewhere_convicts_a_rewritten_history(
     assert found.code == 1 and "the ledger has" in found.out and "cut back" in found.out
     assert takedown("-w", ws.root, "verify", "--checkpoint", tmp_path / "absent").code == 2
     assert takedown("-w", ws.root, "verify", "--quick", "--deep").code == 2
+    assert takedown("-w", ws.root, "show", "v1", "--tensor", "absent").code == 2
 
 
 def test_export_writes_four_files(takedown: Takedown, published: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.digests import TensorDigest, tensor_leaf, tensor_root
+from pipeline.digests import TensorDigest, prove_tensor, tensor_leaf, tensor_root
 from pipeline.errors import NoSpace, StoreDamaged
 from pipeline.files import (
     NO_HARD_LINKS,
@@ -33,7 +33,7 @@ from pipeline.files import (
     write_json,
     write_new,
 )
-from pipeline.merkle import merkle_root
+from pipeline.merkle import leaf_hash, merkle_root, verify_inclusion
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -244,3 +244,15 @@ def test_tensor_root_is_the_tree_over_the_tensors_by_name(tensors: list[TensorDi
     assert [json.loads(leaf) for leaf in leaves] == [
         [t.name, t.dtype, list(t.shape), t.sha256] for t in sorted(tensors, key=lambda tensor: tensor.name)
     ]
+
+
+@given(TENSORS.filter(len), st.data())
+def test_any_one_tensor_can_be_proved(tensors: list[TensorDigest], data: st.DataObject) -> None:
+    chosen = data.draw(st.sampled_from(tensors))
+    root = bytes.fromhex(tensor_root(tensors).removeprefix("root-sha256:"))
+    proof = prove_tensor(tensors, chosen.name)
+    assert proof is not None
+    assert json.loads(proof.leaf)[0] == chosen.name
+    assert verify_inclusion(leaf_hash(proof.leaf), proof.index, proof.size, proof.proof, root)
+    assert not verify_inclusion(leaf_hash(proof.leaf + b" "), proof.index, proof.size, proof.proof, root)
+    assert prove_tensor(tensors, chosen.name + "x" * 50) is None
