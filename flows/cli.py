@@ -26,6 +26,7 @@ from pipeline.display import plain
 from pipeline.errors import InvalidInput, TakedownError
 from pipeline.history import read_entries, step_view
 from pipeline.records import Comparison, Evaluation
+from pipeline.requests import Kind, note
 from pipeline.states import request_states
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
@@ -343,6 +344,51 @@ def purge(
     listed = ", ".join(f"v{number}" for number in done.versions)
     say(f"Destroyed the weights of {listed}: {done.files} files, {megabytes(done.nbytes)}.")
     say(storage_line(workspace, read_entries(workspace)))
+
+
+# --- requests ---------------------------------------------------------------------------------------------
+
+
+@app.command()
+def hold(context: typer.Context, request: str, reason: Reason, actor: Actor, as_json: Json = False) -> None:
+    """Put a request on legal hold: no run works on it, and nothing is purged meanwhile.
+
+    Example: takedown -w ws hold TD-1 --reason "court order 7/26"
+    """
+    put_on_record(context, "hold", request, actor, reason, as_json)
+
+
+@app.command()
+def release(context: typer.Context, request: str, reason: Reason, actor: Actor, as_json: Json = False) -> None:
+    """End a legal hold.
+
+    Example: takedown -w ws release TD-1 --reason "order lifted"
+    """
+    put_on_record(context, "released", request, actor, reason, as_json)
+
+
+@app.command()
+def withdraw(context: typer.Context, request: str, reason: Reason, actor: Actor, as_json: Json = False) -> None:
+    """Record that the sender took a request back. The versions made without its text stay as they are.
+
+    Example: takedown -w ws withdraw TD-1 --reason "retracted by letter"
+    """
+    put_on_record(context, "withdrawn", request, actor, reason, as_json)
+
+
+@app.command()
+def counter(context: typer.Context, request: str, reason: Reason, actor: Actor, as_json: Json = False) -> None:
+    """Record a counter-notice. The text stays out until the request is withdrawn or reinstated.
+
+    Example: takedown -w ws counter TD-1 --reason "licence shown"
+    """
+    put_on_record(context, "countered", request, actor, reason, as_json)
+
+
+def put_on_record(context: typer.Context, kind: Kind, request: str, actor: str, reason: str, as_json: bool) -> None:
+    """Record an event of a request and say where it stands now."""
+    state = note(opened(context), kind, request, actor, reason)
+    show_json(state) if as_json else say(f"{state.request_id}: {state_words(state)}")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.progress import bars
-from flows.terminal import TIME, Json, err, megabytes, number_of, opened, out, say, show_json, table
+from flows.terminal import TIME, Json, err, megabytes, number_of, opened, out, outside, say, show_json, table
 from pipeline.certificate import write_certificate
 from pipeline.diff import VersionDiff
 from pipeline.diff import diff as compare_versions
@@ -128,7 +128,7 @@ def manifest_of(workspace: Workspace, entries: tuple[LedgerEntry, ...], name: st
         number = -1
     if number not in known:
         raise UsageError(f"{plain(name)}: no such request or version; there are v{known[0]} to v{known[-1]}.")
-    return VersionStore(workspace.versions).manifest(number)
+    return VersionStore(workspace.versions, published_versions(entries)).manifest(number)
 
 
 def there(entries: tuple[LedgerEntry, ...], manifest: VersionManifest) -> None:
@@ -257,7 +257,8 @@ def first_version(context: typer.Context, request: str, as_json: Json = False) -
         raise UsageError(f"{plain(request)}: no such request. `takedown status` lists all.")
     state = states[request]
     found = request in excluded(entries, current_version(entries))
-    manifest = VersionStore(workspace.versions).manifest(state.version) if found and state.version is not None else None
+    store = VersionStore(workspace.versions, published_versions(entries))
+    manifest = store.manifest(state.version) if found and state.version is not None else None
     if as_json:
         show_json({"request_id": request, "state": state.state, "version": manifest.version if manifest else None,
                    "root": manifest.root if manifest else None})  # fmt: skip
@@ -333,10 +334,9 @@ def checkout(context: typer.Context, version: str, folder: Path) -> None:
     entries = read_entries(workspace)
     manifest = manifest_of(workspace, entries, version)
     there(entries, manifest)
-    if folder.resolve().is_relative_to(workspace.root):
-        raise UsageError(f"{plain(str(folder))}: lies inside the workspace. Choose a folder outside of it.")
+    outside(workspace, folder)
     with bars(err, "writing"):
-        VersionStore(workspace.versions).restore(manifest.version, folder, sign=True)
+        VersionStore(workspace.versions, published_versions(entries)).restore(manifest.version, folder, sign=True)
     say(f"Wrote v{manifest.version} to {folder}\n{manifest.root}")
 
 
@@ -367,7 +367,8 @@ def verify(
         show_json(breaks)
     elif breaks:
         rows = [(b.where, b.found, b.means) for b in breaks]
-        out.print(table(f"{len(breaks)} breaks", ("where", "found", "means"), rows))
+        title = "1 break" if len(breaks) == 1 else f"{len(breaks)} breaks"
+        out.print(table(title, ("where", "found", "means"), rows, limit=2000))
     else:
         say(SOUND[depth])
     if breaks:
@@ -387,7 +388,8 @@ def certificate(
 
     Example: takedown -w ws certificate TD-1 --out ./TD-1
     """
-    made = write_certificate(opened(context), request, folder)
+    workspace = opened(context)
+    made = write_certificate(workspace, request, outside(workspace, folder))
     show_json(made) if as_json else say(f"Wrote {folder}\nCheck it: python {folder}/verify_bundle.py {folder}")
 
 
@@ -409,7 +411,7 @@ def export(
     if as_json:
         show_json({"requests": requests, "events": events})
         return
-    target = folder or workspace.reports / "export"
+    target = outside(workspace, folder or workspace.reports / "export")
     target.mkdir(parents=True, exist_ok=True)
     for name, columns, rows in (("requests", REQUEST_COLUMNS, requests), ("events", EVENT_COLUMNS, events)):
         # With a byte order mark, without which spreadsheets take UTF-8 for something else.
@@ -435,7 +437,7 @@ def report(
     if as_json:
         show_json(view)
         return
-    path = file or workspace.reports / "report.html"
+    path = outside(workspace, file or workspace.reports / "report.html")
     try:
         write_atomic(path, render(view).encode())
     except OSError as error:

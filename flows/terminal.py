@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.display import cell
+from pipeline.display import cell, plain
 from pipeline.errors import UsageError
 from pipeline.records import Record
 from pipeline.workspace import Workspace, open_workspace
@@ -33,7 +33,18 @@ UNBROKEN = ("#", "at", "event", "version", "received", "made", "status")
 """Columns that stay on one line when a terminal is narrow; the others fold."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
-Actor = Annotated[str, typer.Option("--actor", help="Who does it, for the ledger.", default_factory=getpass.getuser)]
+
+
+def _named(actor: str) -> str:
+    if not actor.strip():
+        raise typer.BadParameter("the ledger needs a name")
+    return actor
+
+
+Actor = Annotated[
+    str,
+    typer.Option("--actor", help="Who does it, for the ledger.", default_factory=getpass.getuser, callback=_named),
+]
 Reason = Annotated[str, typer.Option("--reason", help="Why; stays on record for ever, so no names and no texts.")]
 
 
@@ -52,15 +63,27 @@ def show_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, default=plain_value, indent=2, ensure_ascii=True) + "\n")
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """A table whose cells are shown literally, whatever they hold."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], limit: int = 80) -> Table:
+    """A table whose cells are shown literally, whatever they hold, up to so many characters."""
     made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         justify: Literal["left", "right"] = "right" if column.endswith(RIGHT) else "left"
         made.add_column(column, justify=justify, overflow="fold", no_wrap=column in UNBROKEN)
     for row in rows:
-        made.add_row(*(cell("" if v is None else str(v)) for v in row))
+        made.add_row(*(cell("" if v is None else str(v), limit) for v in row))
     return made
+
+
+def outside(workspace: Workspace, path: Path) -> Path:
+    """A place to write to that is not among a workspace's own files; its ``reports/`` is.
+
+    Raises:
+        UsageError: It is.
+    """
+    found = path.resolve()
+    if found.is_relative_to(workspace.root) and not found.is_relative_to(workspace.reports):
+        raise UsageError(f"{plain(str(path))}: lies inside the workspace. Choose a place outside of it.")
+    return path
 
 
 def say(text: str) -> None:

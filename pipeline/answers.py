@@ -52,7 +52,7 @@ def publish(workspace_root: str, run_id: str, actor: str) -> Publication:
             ledger.append(*events)
         entries = ledger.entries()
     # What an interrupted publish of other weights left behind is named by nothing.
-    store.collect(all_evidence(entries))
+    store.collect(all_evidence(entries), published_versions(entries))
     if version is not None:
         vault = Vault(workspace.vault)
         with DedupeIndex.open(workspace.index) as index:
@@ -108,16 +108,13 @@ def _measured(run: Run, actor: str, version: int | None) -> list[Event]:
     ]
 
 
-def _next_version(run: Run) -> int:
-    """One more than the highest version that the ledger names; a manifest it does not name was never published."""
-    with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
-        return 1 + max(published_versions(ledger.entries()))
-
-
 def _publish_version(run: Run, spans: Mapping[str, Sequence[PassageSpan]]) -> tuple[int, dict[str, object]]:
     """Put the candidate into the store; returns its number and what the ledger says of it."""
-    store = VersionStore(run.workspace.versions)
-    version, parent = _next_version(run), store.manifest(run.plan.parent)
+    with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
+        known = published_versions(ledger.entries())
+    store = VersionStore(run.workspace.versions, known)
+    # One more than the highest that the ledger names: a manifest that it does not name was never published.
+    version, parent = 1 + max(known), store.manifest(run.plan.parent)
     step, masked = run.finished("repair", Step), run.finished("saliency", MaskReport)
     merged, evaluation = run.finished("merge", MergeReport), run.finished("evaluate", Evaluation)
     published = store.publish(

@@ -50,13 +50,14 @@ def model_folder(run: Run, version: int) -> Path:
     folder = run.folder / f"v{version}"
     if not (run.folder / f"v{version}.restored").exists():
         with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
-            if version in purged_versions(ledger.entries()):
-                raise UsageError(
-                    f"v{version}: was purged, so it cannot be measured again on reference texts or settings that are "
-                    "new. Go back to those it was measured with."
-                )
+            entries = ledger.entries()
+        if version in purged_versions(entries):
+            raise UsageError(
+                f"v{version}: was purged, so it cannot be measured again on reference texts or settings that are "
+                "new. Go back to those it was measured with."
+            )
         shutil.rmtree(folder, ignore_errors=True)
-        VersionStore(run.workspace.versions).restore(version, folder, link=True)
+        VersionStore(run.workspace.versions, published_versions(entries)).restore(version, folder, link=True)
         (run.folder / f"v{version}.restored").touch()
     return folder
 
@@ -76,10 +77,11 @@ def passages_at(
 
 def earlier_spans(run: Run) -> dict[str, list[PassageSpan]]:
     """The passages that the parent was made to forget and must still not know, by request."""
-    store, spans = VersionStore(run.workspace.versions), dict[str, list[PassageSpan]]()
     with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
         entries = ledger.entries()
-    for version in ancestry(published_versions(entries), run.plan.parent):
+    known, spans = published_versions(entries), dict[str, list[PassageSpan]]()
+    store = VersionStore(run.workspace.versions, known)
+    for version in ancestry(known, run.plan.parent):
         for name, rows in dict(store.manifest(version).report.get("memorised", {})).items():  # type: ignore[call-overload]
             spans[name] = [PassageSpan(request_id=name, prompt_start=a, start=b, end=c) for a, b, c in rows]
     still = excluded(entries, run.plan.parent)

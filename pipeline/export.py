@@ -23,7 +23,7 @@ REQUEST_COLUMNS = (
     "request_id", "batch_id", "title", "rights_holder", "basis", "state", "answer", "on_hold", "received_at",
     "decided_at", "excluded_since", "excluded_now", "em_before", "em_after", "em_limit", "run_id", "commitment",
 )  # fmt: skip
-EVENT_COLUMNS = ("seq", "at", "event", "actor", "request_id", "version", "run_id", "digest")
+EVENT_COLUMNS = ("seq", "at", "event", "actor", "request_id", "version", "run_id", "reason", "digest")
 
 Row = dict[str, object]
 
@@ -77,10 +77,19 @@ def event_rows(entries: Iterable[LedgerEntry]) -> list[Row]:
             "request_id": e.event.request_id,
             "version": e.event.version,
             "run_id": e.event.run_id,
+            "reason": _reason(e),
             "digest": e.digest,
         }
         for e in entries
     ]
+
+
+def _reason(entry: LedgerEntry) -> str | None:
+    """Why, as whoever did it gave it; of a refused run, every limit that was broken."""
+    reason, reasons = entry.event.data.get("reason"), entry.event.data.get("reasons")
+    if isinstance(reason, str):
+        return f"{reason} (on an override)" if entry.event.data.get("override") is True else reason
+    return " ".join(map(str, reasons)) if isinstance(reasons, list) and reasons else None
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Row]) -> str:

@@ -225,7 +225,7 @@ def read_json(path: Path) -> Any:
         StoreDamaged: The file is absent or not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_whole(path))
     except FileNotFoundError as error:
         raise StoreDamaged(
             f"{path}: is missing. Restore it from a backup; `takedown verify` lists all breaks."

@@ -62,8 +62,9 @@ def read_entries(workspace: Workspace) -> tuple[LedgerEntry, ...]:
 
 def acknowledged_versions(workspace: Workspace, entries: Sequence[LedgerEntry]) -> tuple[VersionManifest, ...]:
     """Manifests of the versions that the ledger names; others are rests of interrupted publishes."""
-    store = VersionStore(workspace.versions)
-    return tuple(store.manifest(n) for n in published_versions(entries))
+    known = published_versions(entries)
+    store = VersionStore(workspace.versions, known)
+    return tuple(store.manifest(n) for n in known)
 
 
 def step_view(workspace: Workspace, run_id: str, entries: Sequence[LedgerEntry]) -> StepView:

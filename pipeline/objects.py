@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -136,19 +137,24 @@ class ObjectStore:
         """Whether a content is kept whole."""
         return self.object_path(digest).is_file()
 
-    def chain(self, digest: str) -> tuple[str, ...] | None:
+    def chain(self, digest: str, without: AbstractSet[Path] = frozenset()) -> tuple[str, ...] | None:
         """The contents from a whole one to this one, each made from the one before; None where that cannot be done.
 
         The shortest where there are several. Looks at names only.
+
+        Args:
+            digest: Which content.
+            without: Files that are taken as gone.
         """
         paths, seen = list[tuple[str, ...]]([(digest,)]), {digest}
         while paths:
             wider = list[tuple[str, ...]]()
             for path in paths:
-                if self.is_whole(path[0]):
+                if self.is_whole(path[0]) and self.object_path(path[0]) not in without:
                     return path
                 for base in self.bases(path[0]):
-                    if base not in seen:  # a loop of forged deltas must not be followed for ever
+                    # A loop, of forged deltas or of two contents that were made from each other, ends here.
+                    if base not in seen and self.delta_path(path[0], base) not in without:
                         seen.add(base)
                         wider.append((base, *path))
             paths = wider

@@ -58,10 +58,10 @@ def roll_back(workspace: Workspace, version: int, actor: str, reason: str, overr
     """
     if not reason.strip():
         raise UsageError("A rollback needs a reason: it stays on record. Give one with --reason.")
-    store = VersionStore(workspace.versions)
     with writing(workspace), Ledger.open(workspace.ledger) as ledger:
         entries = ledger.entries()
         left, known = current_version(entries), published_versions(entries)
+        store = VersionStore(workspace.versions, known)
         if version not in known:
             raise UsageError(f"v{version}: was never published. `takedown versions` lists all.")
         if version == left:
@@ -91,7 +91,7 @@ def roll_back(workspace: Workspace, version: int, actor: str, reason: str, overr
                     version=event.version,
                     request_id=event.request_id,
                     run_id=event.run_id,
-                    data={**event.data, "cause": "rollback"},
+                    data=event.data,
                 )
                 for event in again
             ),
@@ -104,7 +104,16 @@ def roll_back(workspace: Workspace, version: int, actor: str, reason: str, overr
 def _out_again(entries: Sequence[LedgerEntry], version: int) -> list[Event]:
     """The measurements of requests that came back by an earlier rollback and that this version excludes after all."""
     path = ancestry(published_versions(entries), version)
-    came_back = {n: s.version for n, s in request_states(entries).items() if s.state == "regressed"}
+    states = request_states(entries)
+    came_back = {
+        e.event.request_id: states[e.event.request_id].version
+        for e in entries
+        if e.event.request_id in states
+        and e.event.kind == "regressed"
+        and e.at == states[e.event.request_id].decided_at
+        and e.event.data.get("cause") == "rollback"
+        and states[e.event.request_id].state == "regressed"
+    }
     found = {
         e.event.request_id: e.event
         for e in entries

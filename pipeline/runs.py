@@ -20,7 +20,7 @@ from pipeline.files import canonical_json, digest_file, digest_json, explained_s
 from pipeline.ledger import Ledger
 from pipeline.records import Event, Record
 from pipeline.settings import Settings
-from pipeline.states import in_force, request_states
+from pipeline.states import in_force, published_versions, request_states
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, open_workspace
@@ -142,7 +142,7 @@ def plan_run(workspace: Workspace, requests: Sequence[str] | None = None, actor:
         parent, since = in_force(entries)
         plan = Plan(
             parent=parent,
-            parent_root=VersionStore(workspace.versions).manifest(parent).root,
+            parent_root=VersionStore(workspace.versions, published_versions(entries)).manifest(parent).root,
             since=since,
             requests=tuple(chosen),
             commitments=tuple(waiting[i].commitment for i in chosen),

@@ -6,6 +6,7 @@ stays restorable touched before its new form was made again and compared, a ledg
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ from pipeline.states import (
 )
 from pipeline.versions import VersionStore, delta_facts
 from pipeline.workspace import Workspace, writing
+
+_RESTORED = re.compile(r"v[0-9]+(\.restored)?")
+"""A version that a run restored for itself, and the mark that it is whole."""
 
 
 class Repacked(Record):
@@ -84,12 +88,12 @@ def repack(workspace: Workspace, keyframe_every: int, actor: str) -> Repacked:
     """
     if keyframe_every < 1:
         raise UsageError(f"keyframes every {keyframe_every} versions: give 1 or more.")
-    store = VersionStore(workspace.versions)
-    objects = store.objects
     with writing(workspace), Ledger.open(workspace.ledger) as ledger, explained_space(workspace.versions):
         entries = ledger.entries()
+        store = VersionStore(workspace.versions, published_versions(entries))
+        objects = store.objects
         kept = _kept(store, entries)
-        store.collect(all_evidence(entries))
+        store.collect(all_evidence(entries), published_versions(entries))
         before = stored_bytes(objects.files())
         count = Counter("repack", len(kept))
         deltas, whole, drop = list[StoredDelta](), 0, list[Path]()
@@ -107,7 +111,8 @@ def repack(workspace: Workspace, keyframe_every: int, actor: str) -> Repacked:
                         objects.make_whole(file.digest)
                         drop += [objects.delta_path(file.digest, b) for b in objects.bases(file.digest)]
                         whole += 1
-                elif objects.is_whole(file.digest):
+                elif objects.is_whole(file.digest) and file.digest not in (objects.chain(base, set(drop)) or ()):
+                    # A content that its own base is made from stays whole: of two deltas in a circle none can be read.
                     path = objects.object_path(file.digest)
                     delta = objects.put_delta(path, file.digest, base)
                     if delta is not None:
@@ -121,6 +126,14 @@ def repack(workspace: Workspace, keyframe_every: int, actor: str) -> Repacked:
                         deltas.append(delta)
                         drop.append(path)
             count.add(note=f"v{version}")
+        lost = sorted({
+            f"v{version}"
+            for version, manifest in kept.items()
+            for file in manifest.files
+            if objects.chain(file.digest, set(drop)) is None
+        })  # fmt: skip
+        if lost:
+            raise StoreDamaged(f"{', '.join(lost)}: could not be made any more after this repack. Nothing was removed.")
         if drop:
             sizes = {"bytes_before": before, "bytes_after": stored_bytes(objects.files()) - stored_bytes(drop)}
             data: dict[str, object] = {"keyframe_every": keyframe_every, "deltas": delta_facts(deltas), **sizes}
@@ -155,9 +168,9 @@ def purge(workspace: Workspace, before: int, actor: str, reason: str) -> Purged:
     """
     if not reason.strip():
         raise UsageError("A purge needs a reason: it stays on record. Give one with --reason.")
-    store = VersionStore(workspace.versions)
     with writing(workspace), Ledger.open(workspace.ledger) as ledger, explained_space(workspace.versions):
         entries = ledger.entries()
+        store = VersionStore(workspace.versions, published_versions(entries))
         gone = _to_purge(entries, before)
         kept = {number: m for number, m in _kept(store, entries).items() if number >= before}
         _stand_alone(store, kept)
@@ -172,8 +185,9 @@ def purge(workspace: Workspace, before: int, actor: str, reason: str) -> Purged:
         destroyed = [path for path in store.objects.files() if path not in stay]
         nbytes = stored_bytes(destroyed)
         for run in workspace.runs.iterdir():  # unfinished runs keep restored copies of the versions they read
-            for folder in run.glob("v*"):
-                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+            for path in run.iterdir():
+                if _RESTORED.fullmatch(path.name):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         store.objects.drop(destroyed)
         ledger.append(Event(kind="purged", actor=actor, data={**data, "files": len(destroyed), "bytes": nbytes}))
     return Purged(versions=gone, files=len(destroyed), nbytes=nbytes)

@@ -13,7 +13,7 @@ import secrets
 from pathlib import Path
 
 from pipeline.errors import StoreDamaged, UsageError
-from pipeline.files import canonical_json, digest_bytes, digest_json, write_atomic
+from pipeline.files import canonical_json, digest_bytes, digest_json, read_whole, write_atomic
 from pipeline.records import TakedownRequest
 
 KEY_BYTES = 32
@@ -127,7 +127,7 @@ class Vault:
 
     def _key(self) -> bytes:
         try:
-            key = self._key_file.read_bytes()
+            key = read_whole(self._key_file)
         except FileNotFoundError:
             key = b""
         if len(key) != KEY_BYTES:
@@ -146,7 +146,7 @@ def _read(path: Path) -> TakedownRequest:
             parsers carry what they parsed.
     """
     try:
-        data = path.read_bytes()
+        data = read_whole(path)
     except FileNotFoundError:
         data = None
     if data is None:

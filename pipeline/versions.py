@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -40,7 +40,7 @@ from pipeline.files import (
 )
 from pipeline.footer import read_footer
 from pipeline.objects import DIGEST, ObjectStore, StoredDelta
-from pipeline.records import StoredFile, VersionManifest
+from pipeline.records import LedgerEntry, StoredFile, VersionManifest
 from pipeline.safefile import (
     WeightFiles,
     file_and_tensor_digests,
@@ -161,10 +161,14 @@ class VersionStore:
 
     Args:
         folder: Where they lie, or will lie after the first publish.
+        published: The ledger's entry for each version that it names. Manifests and signatures of these must have the
+            digests that the entries give: whoever works with a version gives them, so that what is used is what was
+            published. Without them a file is only checked in itself.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, published: Mapping[int, LedgerEntry] | None = None) -> None:
         self.folder = folder
+        self._published = published or {}
         self.objects = ObjectStore(folder)
 
     def manifest_path(self, version: int) -> Path:
@@ -370,6 +374,7 @@ class VersionStore:
             data = read_whole(path)
         except OSError as error:
             self._damaged(path, unreadable(error))
+        self._as_noted(path, version, "manifest", data)
         return self.parse_manifest(version, data)
 
     def parse_manifest(self, version: int, data: bytes) -> VersionManifest:
@@ -415,13 +420,20 @@ class VersionStore:
         """The signature over a version's model folder.
 
         Raises:
-            StoreDamaged: It is missing or cannot be read.
+            StoreDamaged: It is missing, cannot be read, or is not the one that was published.
         """
         path = self.signature_path(version)
         try:
-            return read_whole(path)
+            data = read_whole(path)
         except OSError as error:
             self._damaged(path, unreadable(error))
+        self._as_noted(path, version, "signature", data)
+        return data
+
+    def _as_noted(self, path: Path, version: int, what: str, data: bytes) -> None:
+        entry = self._published.get(version)
+        if entry is not None and (found := digest_bytes(data)) != entry.event.data.get(what):
+            self._damaged(path, f"has {found}, ledger entry {entry.seq} published {entry.event.data.get(what)}")
 
     def tensors(self, manifest: VersionManifest) -> list[TensorDigest]:
         """The table of a version's tensors, checked against its root.
@@ -507,18 +519,21 @@ class VersionStore:
         digests = {d for m in manifests for d in (m.tensors, *(f.digest for f in m.files))}
         return {path for digest in digests for path in self.objects.paths(digest)}
 
-    def collect(self, evidence: Sequence[str] = ()) -> tuple[Path, ...]:
+    def collect(self, evidence: Sequence[str] = (), published: Collection[int] = ()) -> tuple[Path, ...]:
         """Remove temporary files, and objects of interrupted publishes; the caller holds the write lock.
 
         Args:
             evidence: Digests of contents that no manifest names and that are to stay.
+            published: Versions that the ledger names.
 
         Returns:
             What was removed.
 
         Raises:
-            StoreDamaged: A manifest cannot be read; nothing was removed.
+            StoreDamaged: A manifest is missing or cannot be read; nothing was removed.
         """
+        if missing := sorted(set(published).difference(self.numbers())):
+            self._damaged(self.manifest_path(missing[0]), "is missing, so nobody knows what it needs")
         named = self.named([self.manifest(number) for number in self.numbers()])
         named |= {self.objects.object_path(digest) for digest in evidence}
         stray = [path for path in self.objects.files() if path not in named]

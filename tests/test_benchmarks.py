@@ -25,7 +25,7 @@ def _run(tmp_path: Path, *options: object) -> tuple[str, dict[str, Any]]:
 @pytest.mark.slow
 def test_the_numbers_of_a_toy_run_are_plausible(tmp_path: Path) -> None:
     shown, found = _run(
-        tmp_path, "--megabytes", 1, "--versions", 2, "--dtype", "bf16", "--density", 0.05, "--history", 2
+        tmp_path, "--megabytes", 1, "--versions", 2, "--dtype", "bf16", "--density", 0.05, "--history", 2, "--rounds", 1
     )
     (sequence,) = found["sequences"]
     whole, ways = sequence["file_bytes"], sequence["ways"]

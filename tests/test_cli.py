@@ -244,6 +244,10 @@ def test_help_and_version(takedown: Takedown) -> None:
         "repack",
         "certificate",
         "export",
+        "hold",
+        "release",
+        "withdraw",
+        "counter",
     )
     for verb in verbs:
         assert verb in page.out
@@ -282,6 +286,29 @@ def test_repack_and_purge(takedown: Takedown, ws: Workspace, tmp_path: Path) -> 
     assert "purged" in takedown("-w", ws.root, "show", "v0").out
     assert takedown("-w", ws.root, "checkout", "v1", tmp_path / "v1").code == 0
     assert takedown("-w", ws.root, "verify", "--deep").code == 0
+
+
+def test_a_hold_stops_purges_until_it_is_released(takedown: Takedown, ws: Workspace) -> None:
+    held = takedown("-w", ws.root, "hold", "A", "--reason", "court order")
+    assert held.code == 0 and "A: verified, on hold" in held.out
+    assert takedown("-w", ws.root, "purge", "--before", "v1", "--reason", "x").code == 1
+    assert takedown("-w", ws.root, "release", "A", "--reason", "lifted", "--actor", " ").code == 2
+    assert takedown("-w", ws.root, "release", "A", "--reason", "lifted").code == 0
+    assert takedown("-w", ws.root, "counter", "A", "--reason", "licence", "--json").json()["state"] == "countered"
+    assert takedown("-w", ws.root, "withdraw", "A", "--reason", "letter").code == 0
+    assert takedown("-w", ws.root, "withdraw", "A", "--reason", "letter").code == 2
+    assert takedown("-w", ws.root, "rollback", "v0", "--reason", "withdrawn").code == 1, "B is still out"
+    assert takedown("-w", ws.root, "verify").code == 0
+
+
+def test_no_verb_writes_over_the_workspaces_own_files(takedown: Takedown, ws: Workspace) -> None:
+    before = snapshot(ws.root)
+    for verb in (["report", "--out", ws.ledger], ["report", "--out", ws.keys / "log.key"],
+                 ["export", "--out", ws.vault / "x"], ["certificate", "A", "--out", ws.versions / "c"],
+                 ["checkout", "v1", ws.root / "served"]):  # fmt: skip
+        answer = takedown("-w", ws.root, *verb)
+        assert answer.code == 2 and "lies inside the workspace" in answer.err, verb
+    assert snapshot(ws.root) == before
 
 
 def test_checkpoint_kept_elsewhere_convicts_a_rewritten_history(
@@ -612,7 +639,7 @@ def test_verify_finds_a_flipped_byte(takedown: Takedown, ws: Workspace, tmp_path
     data[-5] ^= 1
     path.write_bytes(data)
     answer = takedown("-w", ws.root, "verify")
-    assert answer.code == 1 and "breaks" in answer.out and "v1" in answer.out
+    assert answer.code == 1 and "1 break" in answer.out and "v1" in answer.out
     breaks = takedown("-w", ws.root, "verify", "--json")
     assert breaks.code == 1 and breaks.json()
     served = takedown("-w", ws.root, "checkout", "v1", tmp_path / "served")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 from histories import array_model, entries_of, make_step, prepare_step, publish, start_history
 
+from pipeline.certificate import write_certificate
 from pipeline.context import earlier_spans
 from pipeline.errors import Refused, StoreDamaged, UsageError, WorkspaceBusy
+from pipeline.files import canonical_json
 from pipeline.ledger import Ledger
 from pipeline.records import Event
+from pipeline.requests import Kind, note
 from pipeline.rollback import roll_back
 from pipeline.runs import open_run
 from pipeline.states import current_version, excluded, request_states
@@ -101,8 +105,10 @@ def test_rolling_forward_again_restores_what_was_measured(workspace: Workspace) 
     assert set(state_of(workspace).values()) == {"verified"}
     entries = entries_of(workspace)
     assert set(excluded(entries, 4)) == {"A", "B", "C", "D"}
-    again = [e.event for e in entries if e.event.kind == "verified" and e.event.data.get("cause") == "rollback"]
-    assert [event.data["after"] for event in again] == measured
+    again = [e.event for e in entries if e.event.kind == "verified"][-2:]
+    assert [(event.request_id, event.data["after"]) for event in again] == [("C", measured[0]), ("D", measured[1])]
+    certificate = write_certificate(workspace, "C", workspace.root.parent / "certificate")
+    assert certificate.request.request_id == "C"
     assert roll_back(workspace, 3, "ann", "D again", override=True).brought_back == ("D",)
     assert verify(workspace, Depth.DEEP) == []
 
@@ -258,3 +264,74 @@ def test_purge_also_clears_restored_copies_in_unfinished_runs(workspace: Workspa
     publish(workspace, run.name)
     assert current_version(entries_of(workspace)) == 5
     assert verify(workspace, Depth.DEEP) == []
+
+
+# --- what a rollback and a repack must not be fooled by ---------------------------------------------------
+
+
+def test_what_regressed_by_itself_is_not_verified_by_a_rollback(workspace: Workspace) -> None:
+    with Ledger.open(workspace.ledger) as ledger:
+        ledger.append(Event(kind="regressed", actor="t", request_id="A", version=4))
+    assert roll_back(workspace, 3, "ann", "trial", override=True).out_again == ()
+    assert state_of(workspace)["A"] == "regressed"
+
+
+def test_repack_of_two_versions_with_the_same_weights_keeps_one_whole(tmp_path: Path) -> None:
+    """A version that went back to earlier weights: each could be made from the other, and neither read."""
+    workspace = start_history(tmp_path / "ws", array_model(tmp_path / "m", shape=(32, 32)))
+    make_step(workspace, "A")
+    run_id = prepare_step(workspace, ["B"])
+    folder = workspace.runs / run_id
+    shutil.rmtree(folder / "candidate")
+    VersionStore(workspace.versions).restore(0, folder / "candidate")
+    merged = json.loads((folder / "merge.json").read_text())
+    merged["record"]["root"] = VersionStore(workspace.versions).manifest(0).root
+    (folder / "merge.json").write_text(json.dumps(merged))
+    publish(workspace, run_id)
+    assert VersionStore(workspace.versions).manifest(2).root == VersionStore(workspace.versions).manifest(0).root
+    before = restored(workspace, tmp_path / "before")
+    assert len(before) == 3
+    for spacing in (32, 2, 1, 32):
+        repack(workspace, spacing, "ann")
+        assert restored(workspace, tmp_path / "after") == before
+        assert verify(workspace, Depth.DEEP) == []
+
+
+def test_a_step_does_not_clean_up_after_a_lost_manifest(workspace: Workspace, tmp_path: Path) -> None:
+    store = VersionStore(workspace.versions)
+    roll_back(workspace, 3, "ann", "trial", override=True)
+    kept = tmp_path / "kept"
+    shutil.copyfile(store.manifest_path(4), kept)
+    store.manifest_path(4).unlink()
+    with pytest.raises(StoreDamaged, match=r"000004\.json: is missing"):
+        make_step(workspace, "E")
+    shutil.copyfile(kept, store.manifest_path(4))
+    store.check_restores(store.manifest(4))
+
+
+def test_a_manifest_that_was_exchanged_is_not_made_current_nor_started_from(workspace: Workspace) -> None:
+    store = VersionStore(workspace.versions)
+    manifest = json.loads(store.manifest_path(3).read_bytes())
+    manifest["report"]["alpha"] = 7.0
+    store.manifest_path(3).chmod(0o644)
+    store.manifest_path(3).write_bytes(canonical_json(manifest) + b"\n")
+    with pytest.raises(StoreDamaged, match="ledger entry"):
+        roll_back(workspace, 3, "ann", "x", override=True)
+
+
+@pytest.mark.parametrize("kind", ["hold", "released", "withdrawn", "countered"])
+def test_requests_are_held_released_withdrawn_and_countered(workspace: Workspace, kind: Kind) -> None:
+    if kind == "released":
+        note(workspace, "hold", "A", "ann", "order")
+    state = note(workspace, kind, "A", "ann", "as by letter")
+    assert state.on_hold == (kind == "hold")
+    assert state.state == ("verified" if kind in ("hold", "released") else kind)
+    event = entries_of(workspace)[-1].event
+    assert (event.kind, event.actor, event.data) == (kind, "ann", {"reason": "as by letter"})
+    with pytest.raises(UsageError):
+        note(workspace, kind, "A", "ann", "twice")
+    with pytest.raises(UsageError, match="no such request"):
+        note(workspace, kind, "Z", "ann", "x")
+    with pytest.raises(UsageError, match="reason"):
+        note(workspace, kind, "B", "ann", " ")
+    assert verify(workspace) == []

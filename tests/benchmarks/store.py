@@ -35,8 +35,6 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = ("deltas", "whole", "tensors", "zstd", "copy")
-ROUNDS = 5
-"""Restores of which the median counts; one more comes before them and fills the page cache."""
 ZSTD_MOST = 1 << 30
 """Bytes of a file up to which zstd can reach all of the file before: its longest window is 2 GiB."""
 CLI = """
@@ -127,10 +125,13 @@ def publish_all(work: Path, options: argparse.Namespace, dtype: str) -> tuple[li
     return records, variants, digests
 
 
-def restore_all(work: Path, variants: Iterable[str], version: int, digest: str) -> list[Tree]:
-    """Restore a version every way, in turns; one record per round. Every file must be the published one."""
+def restore_all(work: Path, variants: Iterable[str], version: int, digest: str, rounds: int) -> list[Tree]:
+    """Restore a version every way, in turns; one record per round. Every file must be the published one.
+
+    One more round comes before them and fills the page cache.
+    """
     records = list[Tree]()
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         record: Tree = {}
         for name in variants:
             record[name] = child("jobs", name, "restore", work / name, work / "out", version)
@@ -159,7 +160,7 @@ def sequence(work: Path, options: argparse.Namespace, dtype: str) -> Tree:
     restored = {}
     for key, version in (("newest", options.versions), ("first", 1)):
         say(f"{dtype}: restore version {version}")
-        restored[key] = restore_all(work, variants, version, digests[version])
+        restored[key] = restore_all(work, variants, version, digests[version], options.rounds)
     shutil.rmtree(work)
     ways = {}
     for name in variants:
@@ -182,15 +183,15 @@ def sequence(work: Path, options: argparse.Namespace, dtype: str) -> Tree:
     }
 
 
-def history(work: Path, versions: int) -> Tree:
+def history(work: Path, versions: int, rounds: int) -> Tree:
     """How long a quick check of a long history takes, in the process and from the command line."""
     say(f"history of {versions} versions")
     start = time.perf_counter()
     child("making", "history", work / "history", versions)
     built = time.perf_counter() - start
-    checks = [child("jobs", "quick-check", work / "history")["seconds"] for _ in range(ROUNDS)]
+    checks = [child("jobs", "quick-check", work / "history")["seconds"] for _ in range(rounds)]
     cold = list[float]()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
         command = [sys.executable, "-P", "-c", CLI, "-w", str(work / "history"), "verify", "--quick"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -277,10 +278,14 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--versions", type=int, default=20, help="length of the sequence (default 20)")
     parser.add_argument("--density", type=float, default=0.01, help="share of entries each step changes (default .01)")
     parser.add_argument("--dtype", default="bf16,fp32", help="of the made models: bf16, fp32 or both")
+    parser.add_argument("--rounds", type=int, default=5, help="restores of which the median counts (default 5)")
     parser.add_argument("--model", type=Path, help="folder of a real model in one file, instead of made ones")
     parser.add_argument("--workspace", type=Path, help="only report the deltas of this workspace")
     parser.add_argument(
-        "--history", type=int, default=1000, help="versions of the long history (default 1000; 0: none)"
+        "--history",
+        type=int,
+        default=1000,
+        help="versions of the long history (default 1000, which take long to make; 0: none)",
     )
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     return parser.parse_args(arguments)
@@ -310,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
                 found["sequences"].append(sequence(work / dtype, options, dtype))
                 console.print(ways_table(found["sequences"][-1]), targets_table(found["sequences"][-1]))
         if options.history and not options.workspace:
-            found["history"] = history(work, options.history)
+            found["history"] = history(work, options.history, options.rounds)
             console.print(
                 "History of {versions} versions (made in {build_seconds:.0f} s): quick check "
                 "{quick_check_seconds:.2f} s, `takedown verify --quick` from the shell {cli_seconds:.2f} s".format(
