@@ -129,7 +129,7 @@ class ObjectStore:
         """Digests of the contents that there is a delta from; by their names alone."""
         name = hexadecimal(target)
         with suppress(OSError):  # from what cannot be listed nothing can be read
-            found = (_DELTA_NAME.fullmatch(p.name) for p in sorted((self.deltas / name[:2]).iterdir()))
+            found = map(_DELTA_NAME.fullmatch, sorted(p.name for p in (self.deltas / name[:2]).iterdir()))
             return tuple(f"sha256:{m[2]}" for m in found if m and m[1] == name)
         return ()
 

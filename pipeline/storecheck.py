@@ -46,6 +46,7 @@ class StoreCheck:
         self._store, self._objects = store, store.objects
         self._deltas, self._depth = deltas, depth
         self._found: dict[Path, str | None] = {}
+        self._paths: dict[str, tuple[Path, ...]] = {}
         self._sources: dict[str, TensorSource] = {}
         self._tensors: dict[str, list[TensorDigest]] = {}
 
@@ -83,12 +84,26 @@ class StoreCheck:
         means = f"What was decided in {where} stays; what was measured for it cannot be shown."
         return self._file_breaks(where, f"evidence {name!r}", digest, None, means)
 
+    def paths(self, digest: str) -> tuple[Path, ...]:
+        """`ObjectStore.paths`, looked up once; a version's files continue those of the version before.
+
+        Raises:
+            StoreDamaged: It is no digest.
+        """
+        if digest not in self._paths:
+            bases = () if self._objects.is_whole(digest) else self._objects.bases(digest)
+            known = self._paths.get(bases[0], ()) if len(bases) == 1 else ()
+            self._paths[digest] = (
+                (*known, self._objects.delta_path(digest, bases[0])) if known else self._objects.paths(digest)
+            )
+        return self._paths[digest]
+
     # --- one content ---------------------------------------------------------------------------------------
 
     def _file_breaks(self, where: str, name: str, digest: str, file: StoredFile | None, means: str) -> list[Break]:
         """What is wrong with the files that a content is read from."""
         try:
-            paths = self._objects.paths(digest)
+            paths = self.paths(digest)
             expected = self._objects.object_path(digest)
         except StoreDamaged as error:
             return [Break(where=f"{where}: {name}", found=str(error), means=means)]

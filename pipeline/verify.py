@@ -67,7 +67,7 @@ def verify(workspace: Workspace, depth: Depth = Depth.FULL, checkpoints: Sequenc
     for entry in decisions(entries).values():
         for name, digest in evidence_of(entry).items():
             breaks += check.evidence(f"ledger entry {entry.seq}", name, digest)
-    breaks += _check_stray(store, files, manifests, kept, entries, complete=len(manifests) == len(numbers))
+    breaks += _check_stray(store, check, files, manifests, kept, entries, complete=len(manifests) == len(numbers))
     if depth is Depth.QUICK:
         return breaks + _check_unread(store, entries)
     breaks += _check_signatures(workspace, store, manifests, acknowledged)
@@ -273,6 +273,7 @@ def _check_purges(entries: Entries) -> list[Break]:
 
 def _check_stray(
     store: VersionStore,
+    check: StoreCheck,
     files: tuple[Path, ...],
     manifests: Mapping[int, VersionManifest],
     kept: Mapping[int, VersionManifest],
@@ -288,7 +289,7 @@ def _check_stray(
         digests |= {d for entry in decisions(entries).values() for d in evidence_of(entry).values()}
         for digest in digests:
             try:
-                named.update(objects.paths(digest))
+                named.update(check.paths(digest))
             except StoreDamaged:  # no digest, so no path either
                 continue
         if unfinished_purge(entries) is None:
