@@ -438,6 +438,8 @@ def report(
         show_json(view)
         return
     path = outside(workspace, file or workspace.reports / "report.html")
+    if file is None:
+        workspace.reports.mkdir(exist_ok=True)  # an empty folder does not survive every copy of a workspace
     try:
         write_atomic(path, render(view).encode())
     except OSError as error:

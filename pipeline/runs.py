@@ -151,6 +151,7 @@ def plan_run(workspace: Workspace, requests: Sequence[str] | None = None, actor:
             code=pipeline.__version__,
         )
         folder = workspace.runs / plan.run_id
+        workspace.runs.mkdir(exist_ok=True)  # an empty folder does not survive every copy of a workspace
         for other in workspace.runs.iterdir():
             if other != folder:  # decided, its records are evidence in the store; or abandoned for other settings
                 shutil.rmtree(other)

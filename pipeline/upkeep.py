@@ -184,7 +184,7 @@ def purge(workspace: Workspace, before: int, actor: str, reason: str) -> Purged:
         stay |= {store.objects.object_path(digest) for digest in proof}
         destroyed = [path for path in store.objects.files() if path not in stay]
         nbytes = stored_bytes(destroyed)
-        for run in workspace.runs.iterdir():  # unfinished runs keep restored copies of the versions they read
+        for run in workspace.runs.glob("*"):  # unfinished runs keep restored copies of the versions they read
             for path in run.iterdir():
                 if _RESTORED.fullmatch(path.name):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()

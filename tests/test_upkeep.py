@@ -335,3 +335,13 @@ def test_requests_are_held_released_withdrawn_and_countered(workspace: Workspace
     with pytest.raises(UsageError, match="reason"):
         note(workspace, kind, "B", "ann", " ")
     assert verify(workspace) == []
+
+
+def test_a_workspace_without_its_empty_folders_goes_on(workspace: Workspace) -> None:
+    """As a copy by git leaves it."""
+    for folder in (workspace.runs, workspace.inbox, workspace.reports):
+        shutil.rmtree(folder)
+    assert verify(workspace, Depth.DEEP) == []
+    assert purge(workspace, 1, "ann", "retention").versions == (0,)
+    assert make_step(workspace, "E") == 5
+    assert verify(workspace, Depth.DEEP) == []
