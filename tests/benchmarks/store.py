@@ -277,7 +277,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--megabytes", type=float, default=240, help="size of the made models (default 240)")
     parser.add_argument("--versions", type=int, default=20, help="length of the sequence (default 20)")
     parser.add_argument("--density", type=float, default=0.01, help="share of entries each step changes (default .01)")
-    parser.add_argument("--dtype", default="bf16,fp32", help="of the made models: bf16, fp32 or both")
+    parser.add_argument("--dtype", default="bf16,fp32", help="of the made models: bf16, fp32, or bf16,fp32 (default)")
     parser.add_argument("--rounds", type=int, default=5, help="restores of which the median counts (default 5)")
     parser.add_argument("--model", type=Path, help="folder of a real model in one file, instead of made ones")
     parser.add_argument("--workspace", type=Path, help="only report the deltas of this workspace")
