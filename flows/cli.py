@@ -25,9 +25,10 @@ from flows.terminal import Actor, Json, Reason, err, megabytes, number_of, opene
 from pipeline.display import plain
 from pipeline.errors import InvalidInput, TakedownError
 from pipeline.history import read_entries, step_view
-from pipeline.records import Comparison, Evaluation
+from pipeline.records import Comparison, Evaluation, Publication
+from pipeline.reinstate import steps_to_leave_out
 from pipeline.requests import Kind, note
-from pipeline.states import request_states
+from pipeline.states import current_version, request_states
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
 
@@ -173,6 +174,15 @@ def run_step(workspace: Workspace, requests: list[str] | None, actor: str, as_js
     if publication is None:  # another process answered them in the meantime
         show_json({"outcome": "idle"}) if as_json else say("Nothing waits.")
         return
+    show_outcome(workspace, publication, as_json)
+
+
+def show_outcome(workspace: Workspace, publication: Publication, as_json: bool) -> None:
+    """Show what became of a run.
+
+    Raises:
+        typer.Exit: With 1, when the gate refused.
+    """
     view = step_view(workspace, publication.run_id, read_entries(workspace))
     if as_json:
         show_json({"run": publication.run_id, **publication.model_dump(), "step": view})
@@ -214,12 +224,16 @@ def show_step(workspace: Workspace, view: Any) -> None:
     if view.version is not None:
         manifest = VersionStore(workspace.versions).manifest(view.version)
         say(f"Published v{view.version}  {manifest.root}")
-        say(f"Changed {manifest.report['changed']:,} of {manifest.report['total']:,} target weights.")
+        if view.left_out:
+            say(f"Left out: what {', '.join(f'v{step}' for step in view.left_out)} changed.")
+        total = manifest.report.get("total")
+        say(f"Changed {manifest.report['changed']:,} " + (f"of {total:,} target weights." if total else "weights."))
         say(storage_line(workspace, read_entries(workspace)))
     elif view.verdict is None:
         say(f"No new version was needed; v{view.parent} stays current.")
     else:
-        say(f"v{view.parent} stays current; the requests keep waiting. Change takedown.toml and run again.")
+        what = "nothing was put back" if view.left_out else "the requests keep waiting"
+        say(f"v{view.parent} stays current; {what}. Change takedown.toml and run again.")
 
 
 def score_table(evaluation: Evaluation, answers: Mapping[str, str]) -> Table:
@@ -270,7 +284,8 @@ def rollback(
     override: Annotated[bool, typer.Option("--override", help="Do it though removed text comes back.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Make another version the current one; nothing is removed. Exit 1 where it would bring removed text back.
+    """Make another version the current one; nothing is removed. Exit 1 where it would bring removed text back, or take
+    reinstated text out again.
 
     With --override it is done nevertheless, on record, and the requests concerned wait for the next run again.
 
@@ -289,6 +304,10 @@ def rollback(
         say(f"It holds again what was taken out for {', '.join(done.brought_back)}; the next run works on them.")
     if done.out_again:
         say(f"It excludes again, as measured before: {', '.join(done.out_again)}.")
+    if done.taken_again:
+        say(f"It does not hold what was put back for {', '.join(done.taken_again)}; `reinstate` makes a new version.")
+    if done.put_back:
+        say(f"It puts back again: {', '.join(done.put_back)}.")
 
 
 @app.command()
@@ -369,7 +388,7 @@ def release(context: typer.Context, request: str, reason: Reason, actor: Actor, 
 
 @app.command()
 def withdraw(context: typer.Context, request: str, reason: Reason, actor: Actor, as_json: Json = False) -> None:
-    """Record that the sender took a request back. The versions made without its text stay as they are.
+    """Record that the sender took a request back. Versions made without its text stay as they are; see reinstate.
 
     Example: takedown -w ws withdraw TD-1 --reason "retracted by letter"
     """
@@ -378,11 +397,48 @@ def withdraw(context: typer.Context, request: str, reason: Reason, actor: Actor,
 
 @app.command()
 def counter(context: typer.Context, request: str, reason: Reason, actor: Actor, as_json: Json = False) -> None:
-    """Record a counter-notice. The text stays out until the request is withdrawn or reinstated.
+    """Record a counter-notice. The text stays out until the request is reinstated.
 
     Example: takedown -w ws counter TD-1 --reason "licence shown"
     """
     put_on_record(context, "countered", request, actor, reason, as_json)
+
+
+@app.command()
+def reinstate(
+    context: typer.Context,
+    requests: Annotated[list[str], typer.Argument(help="Countered or withdrawn requests, put back in one version.")],
+    reason: Reason,
+    actor: Actor,
+    as_json: Json = False,
+) -> None:
+    """Put the text of countered or withdrawn requests back: a new version without the vectors of their steps.
+
+    What the same steps took out for others stays out: it is measured, worked on again where needed, and decided on by
+    the gate like any other step. Exit 1 where the gate refuses. Interrupted, the same command continues.
+
+    Example: takedown -w ws reinstate TD-1 --reason "licence confirmed"
+    """
+    workspace = opened(context)
+    workspace.settings()
+    with writing(workspace):  # what speaks against it is told before Prefect takes its time to start
+        steps_to_leave_out(workspace, read_entries(workspace), requests)
+    from flows.environment import prepare
+
+    prepare(workspace.root)
+    quiet_libraries()
+    with bars(err, "starting Prefect"):
+        from flows.takedown import reinstate as flow
+
+        publication = flow(str(workspace.root), requests, actor, reason)
+    if publication is None:
+        listed = ", ".join(requests)
+        current = current_version(read_entries(workspace))
+        show_json({"outcome": "on record"}) if as_json else say(
+            f"{listed}: on record as reinstated. v{current} was not made without it, so no new version was needed."
+        )
+        return
+    show_outcome(workspace, publication, as_json)
 
 
 def put_on_record(context: typer.Context, kind: Kind, request: str, actor: str, reason: str, as_json: bool) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from flows.progress import bars
 from flows.terminal import TIME, Json, err, megabytes, number_of, opened, out, outside, say, show_json, table
@@ -23,6 +25,7 @@ from pipeline.errors import UsageError
 from pipeline.export import EVENT_COLUMNS, REQUEST_COLUMNS, event_rows, request_rows, to_csv
 from pipeline.files import write_atomic
 from pipeline.history import acknowledged_versions, lineage_view, read_entries, version_status, version_views
+from pipeline.keys import log_vkey
 from pipeline.records import LedgerEntry, VersionManifest
 from pipeline.report import render
 from pipeline.states import (
@@ -32,20 +35,40 @@ from pipeline.states import (
     excluded,
     published_versions,
     purged_versions,
+    put_back,
     request_states,
 )
 from pipeline.storecheck import Depth
+from pipeline.undo import left_out_of
+from pipeline.verify import key_notes
 from pipeline.verify import verify as find_breaks
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
 
 reading = typer.Typer(rich_markup_mode=None)
 
+VERSION = re.compile("v?[0-9]{1,9}")
+"""How versions are called; where a request has such an id, the version is meant with --tensor."""
+
 SOUND = {
     Depth.QUICK: "Everything is there and signed: ledger, checkpoints, manifests; no content was re-read.",
     Depth.FULL: "Everything matches: ledger, checkpoints, manifests, every stored byte, signatures, index, vault.",
     Depth.DEEP: "Everything matches, and every version was made again from the store, tensor by tensor.",
 }
+
+
+def checked_entries(workspace: Workspace) -> tuple[LedgerEntry, ...]:
+    """All ledger entries; whoever may not read the public key is told that nobody's signature was checked.
+
+    Raises:
+        StoreDamaged: The chain does not hold, or the entries are not those that the newest checkpoint signs.
+    """
+    entries = read_entries(workspace)
+    try:
+        log_vkey(workspace.keys)
+    except UsageError as error:
+        err.print(Text(f"takedown: {plain(str(error), 2000)} Whose entries these are was not checked."), soft_wrap=True)
+    return entries
 
 
 # --- state and history ------------------------------------------------------------------------------------
@@ -58,7 +81,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     Example: takedown -w ws status
     """
     workspace = opened(context)
-    entries = read_entries(workspace)
+    entries = checked_entries(workspace)
     states, current = request_states(entries), current_version(entries)
     if as_json:
         show_json({"current": current, "requests": list(states.values())})
@@ -82,6 +105,8 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 def state_words(state: RequestState) -> str:
     """A state with the answer that led to it, where it has another name, and a hold."""
     answer = f" ({state.decision})" if state.decision not in (None, state.state, "applied") else ""
+    if state.reinstated_in is not None and state.state == "reinstated":
+        answer = f" in v{state.reinstated_in}"
     return f"{state.state}{answer}{', on hold' if state.on_hold else ''}"
 
 
@@ -95,7 +120,7 @@ def log(context: typer.Context, as_json: Json = False) -> None:
     Example: takedown -w ws log
     """
     workspace = opened(context)
-    entries = read_entries(workspace)
+    entries = checked_entries(workspace)
     if as_json:
         show_json(list(entries))
         return
@@ -159,9 +184,14 @@ def show(
     Example: takedown -w ws show v1; takedown -w ws show TD-1; takedown -w ws show v1 --tensor lm_head.weight
     """
     workspace = opened(context)
-    entries = read_entries(workspace)
+    entries = checked_entries(workspace)
     states = request_states(entries)
     if tensor is not None:
+        if name in states and not VERSION.fullmatch(name):
+            raise UsageError(
+                f"{plain(name)}: is a request; tensors are proven to be in a version. Name the version, for instance "
+                f"v{current_version(entries)}, the one in force; `takedown versions` lists all."
+            )
         show_tensor(workspace, manifest_of(workspace, entries, name), tensor, as_json)
         return
     if name in states:
@@ -216,6 +246,9 @@ def show_version(
     say(f"  made {made}, parent {parent}")
     say(f"  excludes first: {', '.join(manifest.requests) or 'nothing'}")
     say(f"  excludes altogether: {', '.join(excluded(entries, manifest.version)) or 'nothing'}")
+    if left_out := left_out_of(manifest):
+        back = [name for name, number in put_back(entries, manifest.version).items() if number == manifest.version]
+        say(f"  puts back: {', '.join(back)}, leaving out what {', '.join(f'v{n}' for n in left_out)} changed")
     for key in ("alpha", "selected", "changed", "total"):
         if key in manifest.report:
             say(f"  {key}: {manifest.report[key]}")
@@ -234,12 +267,13 @@ def versions(context: typer.Context, as_json: Json = False) -> None:
     Example: takedown -w ws versions
     """
     workspace = opened(context)
-    entries = read_entries(workspace)
+    entries = checked_entries(workspace)
     views = version_views(acknowledged_versions(workspace, entries), entries)
     if as_json:
         show_json(list(views))
         return
-    rows = [(f"v{v.version}", v.status, v.created_at.strftime(TIME), ", ".join(v.requests),
+    rows = [(f"v{v.version}", v.status, v.created_at.strftime(TIME),
+             f"puts back {', '.join(v.puts_back)}" if v.puts_back else ", ".join(v.requests),
              f"{v.changed:,}" if v.changed is not None else "", v.root[12:24]) for v in views]  # fmt: skip
     out.print(table("Versions", ("version", "status", "made", "excludes first", "entries changed", "root"), rows))
 
@@ -251,7 +285,7 @@ def first_version(context: typer.Context, request: str, as_json: Json = False) -
     Example: takedown -w ws first-version TD-1
     """
     workspace = opened(context)
-    entries = read_entries(workspace)
+    entries = checked_entries(workspace)
     states = request_states(entries)
     if request not in states:
         raise UsageError(f"{plain(request)}: no such request. `takedown status` lists all.")
@@ -277,7 +311,7 @@ def difference(context: typer.Context, first: str, second: str, as_json: Json = 
     Example: takedown -w ws diff v0 v1
     """
     workspace = opened(context)
-    entries = read_entries(workspace)
+    entries = checked_entries(workspace)
     pair = [manifest_of(workspace, entries, name) for name in (first, second)]
     for manifest in pair:
         there(entries, manifest)
@@ -331,7 +365,7 @@ def checkout(context: typer.Context, version: str, folder: Path) -> None:
     Example: takedown -w ws checkout v1 ./served
     """
     workspace = opened(context)
-    entries = read_entries(workspace)
+    entries = checked_entries(workspace)
     manifest = manifest_of(workspace, entries, version)
     there(entries, manifest)
     outside(workspace, folder)
@@ -355,6 +389,8 @@ def verify(
 ) -> None:
     """Re-check everything that is stored; print every break and what it means. Exit 1 if there is one.
 
+    A missing private key is no break, for a copy is checked without it; a note on standard error says so.
+
     Example: takedown -w ws verify && echo sound; takedown -w ws verify --deep --checkpoint /media/kept/checkpoint
     """
     if quick and deep:
@@ -363,6 +399,8 @@ def verify(
     workspace = opened(context)
     with bars(err, "verify"):
         breaks = find_breaks(workspace, depth, checkpoint or ())
+    for note in key_notes(workspace):
+        err.print(Text(f"Note: {plain(note, 2000)}"), soft_wrap=True)
     if as_json:
         show_json(breaks)
     elif breaks:
@@ -380,17 +418,25 @@ def certificate(
     context: typer.Context,
     request: str,
     folder: Annotated[Path, typer.Option("--out", help="New folder for the certificate and its proof.")],
+    since: Annotated[
+        Path | None,
+        typer.Option("--since", help="A checkpoint kept earlier: prove that the log was only added to since."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What was done about a request and measured, with proof that needs none of this software.
 
     It certifies a process and a measurement, never absence. Check it anywhere: python verify_bundle.py FOLDER
 
-    Example: takedown -w ws certificate TD-1 --out ./TD-1
+    Example: takedown -w ws certificate TD-1 --out ./TD-1; takedown -w ws certificate TD-1 --out ./TD-1-again
+    --since ./TD-1/checkpoint
     """
     workspace = opened(context)
-    made = write_certificate(workspace, request, outside(workspace, folder))
-    show_json(made) if as_json else say(f"Wrote {folder}\nCheck it: python {folder}/verify_bundle.py {folder}")
+    made = write_certificate(workspace, request, outside(workspace, folder), since)
+    if as_json:
+        show_json(made.as_json())
+        return
+    say(f"Wrote {folder}\nCheck it: python {folder}/verify_bundle.py {folder}")
 
 
 @reading.command()
@@ -406,7 +452,7 @@ def export(
     Example: takedown -w ws export --out ./register
     """
     workspace = opened(context)
-    entries = read_entries(workspace)
+    entries = checked_entries(workspace)
     requests, events = request_rows(workspace, entries), event_rows(entries)
     if as_json:
         show_json({"requests": requests, "events": events})

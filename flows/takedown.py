@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 
 from pipeline import answers, context, stages
 from pipeline.records import Evaluation, Publication
+from pipeline.reinstate import plan_reinstatement as reinstate_plan
 from pipeline.runs import open_run, plan_run
 from pipeline.workspace import open_workspace, writing
 
@@ -29,9 +30,22 @@ def plan(workspace: str, requests: list[str] | None, actor: str) -> str | None:
 
 
 @task(**OPTIONS)
+def plan_reinstatement(workspace: str, requests: list[str], actor: str, reason: str) -> str | None:
+    """Decide which steps are left out; None where nothing had been taken out."""
+    planned = reinstate_plan(open_workspace(Path(workspace)), requests, actor, reason)
+    return planned.run_id if planned else None
+
+
+@task(**OPTIONS)
 def reference(workspace: str, run_id: str) -> str:
     """Measure v0 on the reference texts, once for the lineage."""
     return f"never-seen level {context.reference(workspace, run_id).level.mean:.3f}"
+
+
+@task(**OPTIONS)
+def leave_out(workspace: str, run_id: str) -> int:
+    """Leave the vectors of earlier steps out; returns the entries that differ from the parent."""
+    return stages.leave_out_stage(workspace, run_id).changed
 
 
 @task(**OPTIONS)
@@ -83,9 +97,9 @@ def gate(workspace: str, run_id: str) -> bool:
 
 
 @task(**OPTIONS)
-def publish(workspace: str, run_id: str, actor: str) -> Publication:
+def publish(workspace: str, run_id: str, actor: str, reason: str = "") -> Publication:
     """Publish and record. An ordinary task, because Prefect swallows exceptions in commit hooks."""
-    return answers.publish(workspace, run_id, actor)
+    return answers.publish(workspace, run_id, actor, reason)
 
 
 @task(**OPTIONS)
@@ -120,18 +134,49 @@ def takedown(workspace: str, requests: list[str] | None = None, actor: str = "sc
         if run_id is None:
             return None
         reference(workspace, run_id)
-        dedupe(workspace, run_id)
-        screen(workspace, run_id)
-        if stages.needs_step(workspace, run_id):
-            saliency(workspace, run_id)
-            unlearn(workspace, run_id)
-            repair(workspace, run_id)
-            merge(workspace, run_id)
-            evaluate(workspace, run_id)
-            gate(workspace, run_id)
+        make_candidate(workspace, run_id)
         publication = publish(workspace, run_id, actor)
         leave_artifacts(workspace, run_id, publication)
     return publication
+
+
+@flow(name="reinstate", persist_result=False)
+def reinstate(workspace: str, requests: list[str], actor: str, reason: str) -> Publication | None:
+    """Put the texts of countered or withdrawn requests back, in a new version.
+
+    Args:
+        workspace: Folder of the workspace.
+        requests: Ids of the requests.
+        actor: Who asked for it, for the ledger.
+        reason: Why, for the ledger.
+
+    Returns:
+        What became of it; None where the version in force was not made without the texts: that is on record then.
+    """
+    with writing(open_workspace(Path(workspace))):
+        run_id = plan_reinstatement(workspace, requests, actor, reason)
+        if run_id is None:
+            return None
+        reference(workspace, run_id)
+        leave_out(workspace, run_id)
+        make_candidate(workspace, run_id)
+        publication = publish(workspace, run_id, actor, reason)
+        leave_artifacts(workspace, run_id, publication)
+    return publication
+
+
+def make_candidate(workspace: str, run_id: str) -> None:
+    """The stages from the texts to the gate's decision; those that need weights to change only where they do."""
+    dedupe(workspace, run_id)
+    screen(workspace, run_id)
+    if stages.needs_training(workspace, run_id):
+        saliency(workspace, run_id)
+        unlearn(workspace, run_id)
+        repair(workspace, run_id)
+    if stages.needs_version(workspace, run_id):
+        merge(workspace, run_id)
+        evaluate(workspace, run_id)
+        gate(workspace, run_id)
 
 
 def score_rows(evaluation: Evaluation) -> list[dict[str, Any]]:

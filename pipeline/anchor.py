@@ -48,9 +48,19 @@ class Anchor:
         """The anchor less some documents."""
         return self._subset([i for i, p in enumerate(self.passages) if p.span.request_id not in documents])
 
+    def joined(self, other: Anchor) -> Anchor:
+        """This anchor and another one after it."""
+        return Anchor(
+            [*self.passages, *other.passages], [*self.top_ids, *other.top_ids],
+            [*self.top_logprobs, *other.top_logprobs],
+        )  # fmt: skip
+
     def sample(self, count: int, random_: random.Random) -> Anchor:
         """``count`` passages drawn without replacement, or all."""
         return self._subset(random_.sample(range(len(self.passages)), min(count, len(self.passages))))
+
+
+NO_ANCHOR = Anchor((), (), ())
 
 
 def retain_passages(

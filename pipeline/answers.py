@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from pipeline.context import forget_spans
+from pipeline.context import forget_spans, model_folder
 from pipeline.errors import StoreDamaged
 from pipeline.evidence import all_evidence, checks_root, decisions, keep
 from pipeline.index import DedupeIndex
@@ -32,38 +32,55 @@ from pipeline.states import published_versions
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
 
+OUTCOMES = {"answered": "nothing", "accepted": "published", "refused": "refused"}
+"""What became of a run, by the event that decided it."""
 
-def publish(workspace_root: str, run_id: str, actor: str) -> Publication:
-    """Publish what the gate accepted and write the answer of every request, in one ledger transaction."""
+
+def publish(workspace_root: str, run_id: str, actor: str, reason: str = "") -> Publication:
+    """Publish what the gate accepted and write the answer of every request, in one ledger transaction.
+
+    Args:
+        workspace_root: Folder of the workspace.
+        run_id: The run; its stages are done.
+        actor: Who asked for it.
+        reason: Why texts are put back; only for a reinstatement.
+    """
     run = open_run(workspace_root, run_id)
     workspace, store = run.workspace, VersionStore(run.workspace.versions)
+    with Ledger.open(workspace.ledger) as ledger:  # renews the checkpoint beside it, where that was interrupted
+        entries = ledger.entries()
+    if run_id not in decisions(entries):  # a run that was resumed after its answer answers once, and publishes once
+        events = _events(run, store, actor, reason)
+        with Ledger.open(workspace.ledger) as ledger:
+            ledger.append(*events)
+            entries = ledger.entries()
+    # What an interrupted publish of other weights left behind is named by nothing.
+    store.collect(all_evidence(entries), published_versions(entries))
+    version = next((n for n, e in published_versions(entries).items() if e.event.run_id == run_id), None)
+    if version is not None:
+        vault = Vault(workspace.vault)
+        with DedupeIndex.open(workspace.index) as index:
+            for name in forget_spans(run):
+                index.add(name, vault.get(name).text)
+            for name in run.plan.reinstates:
+                index.remove(name)
+    clean(run.folder)
+    return Publication(outcome=OUTCOMES[decisions(entries)[run_id].event.kind], run_id=run_id, version=version)
+
+
+def _events(run: Run, store: VersionStore, actor: str, reason: str) -> list[Event]:
+    """What the ledger is to say of a run: its outcome, its version where it has one, and every answer."""
     deduped, screened = run.finished("dedupe", DedupeReport), run.finished("screen", ScreenReport)
     spans = forget_spans(run)
-    verdict = run.finished("gate", Verdict) if spans else None
+    verdict = run.finished("gate", Verdict) if spans or run.plan.left_out else None
     events = [_outcome(run, actor, verdict, keep(run, store.objects))]
     version = None
     if verdict is not None and verdict.accepted:
         version, data = _publish_version(run, spans)
-        events.append(Event(kind="published", actor=actor, version=version, run_id=run_id, data=data))
-    events += _decisions(run, actor, deduped, screened, verdict, version)
-    events += _measured(run, actor, version)
-    with Ledger.open(workspace.ledger) as ledger:
-        if run_id not in decisions(ledger.entries()):  # a resumed run answers once
-            ledger.append(*events)
-        entries = ledger.entries()
-    # What an interrupted publish of other weights left behind is named by nothing.
-    store.collect(all_evidence(entries), published_versions(entries))
-    if version is not None:
-        vault = Vault(workspace.vault)
-        with DedupeIndex.open(workspace.index) as index:
-            for name in spans:
-                index.add(name, vault.get(name).text)
-    clean(run.folder)
-    return Publication(
-        outcome="nothing" if verdict is None else "published" if verdict.accepted else "refused",
-        run_id=run_id,
-        version=version,
-    )
+        events.append(Event(kind="published", actor=actor, version=version, run_id=run.run_id, data=data))
+    if run.plan.reinstates:
+        return [*events, *_reinstated(run, actor, version, reason)]
+    return [*events, *_decisions(run, actor, deduped, screened, verdict, version), *_measured(run, actor, version)]
 
 
 def _outcome(run: Run, actor: str, verdict: Verdict | None, evidence: Mapping[str, str]) -> Event:
@@ -108,6 +125,17 @@ def _measured(run: Run, actor: str, version: int | None) -> list[Event]:
     ]
 
 
+def _reinstated(run: Run, actor: str, version: int | None, reason: str) -> list[Event]:
+    """That texts were put back; what stays out was measured as on any later version, and its state is the same."""
+    if version is None:
+        return []
+    data: dict[str, object] = {"reason": reason, "left_out": list(run.plan.left_out)}
+    return [
+        Event(kind="reinstated", actor=actor, request_id=name, run_id=run.run_id, version=version, data=data)
+        for name in run.plan.reinstates
+    ]
+
+
 def _publish_version(run: Run, spans: Mapping[str, Sequence[PassageSpan]]) -> tuple[int, dict[str, object]]:
     """Put the candidate into the store; returns its number and what the ledger says of it."""
     with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
@@ -115,7 +143,6 @@ def _publish_version(run: Run, spans: Mapping[str, Sequence[PassageSpan]]) -> tu
     store = VersionStore(run.workspace.versions, known)
     # One more than the highest that the ledger names: a manifest that it does not name was never published.
     version, parent = 1 + max(known), store.manifest(run.plan.parent)
-    step, masked = run.finished("repair", Step), run.finished("saliency", MaskReport)
     merged, evaluation = run.finished("merge", MergeReport), run.finished("evaluate", Evaluation)
     published = store.publish(
         run.folder / "candidate",
@@ -123,27 +150,35 @@ def _publish_version(run: Run, spans: Mapping[str, Sequence[PassageSpan]]) -> tu
         parent=parent,
         created_at=datetime.now(UTC),
         run_id=run.run_id,
-        requests=tuple(spans),
+        requests=() if run.plan.reinstates else tuple(spans),
         settings=run.settings.model_dump(mode="json"),
         report={
-            "alpha": step.calibration.alpha,
+            **_trained(run, spans),
             "selected": merged.selected,
             "changed": merged.changed,
-            "total": masked.total,
-            "threshold": masked.threshold,
             "level": evaluation.level.model_dump(mode="json"),
             "memorised": {n: [[s.prompt_start, s.start, s.end] for s in found] for n, found in spans.items()},
+            **({"left_out": list(run.plan.left_out)} if run.plan.left_out else {}),
         },
         software=software(),
         keyframe_every=run.settings.store.keyframe_every,
         sign=model_signer(run.workspace.keys),
         replace_orphan=True,
+        parent_folder=model_folder(run, run.plan.parent),
     )
     if published.manifest.root != merged.root:
         raise StoreDamaged(
             f"v{version}: the store holds {published.manifest.root}, the evaluated candidate is {merged.root}."
         )
     return version, published.facts()
+
+
+def _trained(run: Run, spans: Mapping[str, Sequence[PassageSpan]]) -> dict[str, object]:
+    """What the manifest says of a fit; nothing where a reinstatement brought no other text back."""
+    if not spans:
+        return {}
+    step, masked = run.finished("repair", Step), run.finished("saliency", MaskReport)
+    return {"alpha": step.calibration.alpha, "total": masked.total, "threshold": masked.threshold}
 
 
 def _decisions(

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.anchor import Anchor, load_anchor
+from pipeline.anchor import NO_ANCHOR, build_anchor, load_anchor
 from pipeline.calibrate import find_strength
 from pipeline.context import (
     earlier_spans,
     flatten,
     forget_spans,
-    parent_model,
     passages_at,
     read_texts,
     reference,
     reference_passages,
+    reinstated_spans,
     scores_of,
+    start_model,
     trained_spans,
 )
 from pipeline.evaluate import spread
@@ -41,11 +42,11 @@ from pipeline.vault import Vault
 
 
 class Bench:
-    """The parent with its salient coordinates and everything a fit or a calibration needs."""
+    """What the step starts from with its salient coordinates, and everything a fit or a calibration needs."""
 
     def __init__(self, run: Run, stage: str, iterations: int) -> None:
         self.run, self.settings = run, run.settings
-        self.model, self.tokenizer, self.folder = parent_model(run)
+        self.model, self.tokenizer = start_model(run)
         self.mask = load_mask(run.folder, run.finished("saliency", MaskReport).mask)
         vault = Vault(run.workspace.vault)
         self.forget = passages_at(self.tokenizer, vault, forget_spans(run))
@@ -53,17 +54,23 @@ class Bench:
         trained = [p for name in trained_spans(run) for p in self.forget[name]]
         found = reference(str(run.workspace.root), run.run_id)
         self.level = found.level
-        self.anchor = Anchor([], [], [])
+        self.anchor = NO_ANCHOR
         if found.anchor is not None:
             excluded = {e.document.removeprefix("retain/")
                         for e in run.finished("dedupe", DedupeReport).retain_excluded}  # fmt: skip
             self.anchor = load_anchor(run.workspace.root / found.folder, found.anchor).without(excluded)
+        back = flatten(passages_at(self.tokenizer, vault, reinstated_spans(run)))
+        tokens = self.settings.runtime.batch_tokens
+        self.put_back = build_anchor(
+            self.model, [Passage(p.span, p.ids, 1) for p in back], self.settings.unlearn.anchor_top_k,
+            pad_id(self.tokenizer), tokens,
+        )  # fmt: skip
         self.salient = SalientWeights(target_weights(self.model), self.mask)
         count = Counter(stage, iterations)
         self.fit = Fit(
             self.model, self.salient, trained, self.anchor, self.settings.unlearn, pad_id(self.tokenizer),
-            self.settings.runtime.batch_tokens, self.settings.runtime.seed,
-            lambda iteration, loss: count.add(note=f"loss {loss:.3f}"),
+            tokens, self.settings.runtime.seed, lambda iteration, loss: count.add(note=f"loss {loss:.3f}"),
+            self.put_back,
         )  # fmt: skip
         self._utility: list[Passage] | None = None
 
@@ -98,7 +105,7 @@ class Bench:
         return flatten({name: p for name, p in texts.items() if exact_memorisation(scores[name]) > self.target})
 
     def utility_passages(self) -> list[Passage]:
-        """What the strength must spare: held-out and retain passages in equal parts.
+        """What the strength must spare: held-out and retain passages, and those put back, in equal parts.
 
         Held-out text alone would not notice that a text the model knows by heart, and is to keep, is lost.
         """
@@ -107,7 +114,11 @@ class Bench:
                 self.tokenizer, read_texts(self.run.workspace, "heldout"), "heldout", self.settings
             )
             count = self.settings.unlearn.anchor_passages
-            self._utility = spread(flatten(held), count) + spread(self.anchor.passages, count)
+            self._utility = [
+                passage
+                for found in (flatten(held), self.anchor.passages, self.put_back.passages)
+                for passage in spread(found, count)
+            ]
         return self._utility
 
     def calibrated(

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -24,12 +24,19 @@ from markupsafe import Markup
 from pipeline import verify_bundle
 from pipeline.errors import StoreDamaged, UsageError
 from pipeline.evidence import check_leaves, find_check, recall
-from pipeline.files import canonical_json, explained_space, fsync_folder, write_new
+from pipeline.files import (
+    canonical_json,
+    explained_space,
+    fsync_folder,
+    read_whole,
+    unreadable,
+    write_new,
+)
 from pipeline.gate import ROUNDING
 from pipeline.keys import log_vkey, model_public_key
 from pipeline.ledger import Ledger
-from pipeline.merkle import inclusion_proof, leaf_hash
-from pipeline.notes import read_checkpoint
+from pipeline.merkle import consistency_proof, inclusion_proof, leaf_hash, root_of_hashes, verify_consistency
+from pipeline.notes import MAX_NOTE_BYTES, read_checkpoint
 from pipeline.records import Comparison, Evaluation, LedgerEntry, NeverSeenLevel, Record, TextScore
 from pipeline.report_svg import plain_text
 from pipeline.report_words import decimal
@@ -57,6 +64,8 @@ class CertifiedRequest(Record):
         received_at: When, as the batch says.
         recorded_at: When the log recorded it.
         commitment: Keyed digest of the text; whoever has the vault's key can recompute it.
+        record: Likewise of title, rights holder, basis and contact together with that; None, and left out of the
+            JSON, where the log has none because an earlier release recorded the request.
     """
 
     request_id: str
@@ -66,6 +75,7 @@ class CertifiedRequest(Record):
     received_at: str
     recorded_at: str
     commitment: str
+    record: str | None = None
 
 
 class CertifiedVersion(Record):
@@ -208,6 +218,20 @@ class ProvenEntry(Record):
     proof: tuple[str, ...]
 
 
+class Continued(Record):
+    """An older checkpoint, and the proof that the log was only added to since.
+
+    Attributes:
+        checkpoint: As it was signed then.
+        size: How many entries it signs.
+        proof: Merkle consistency proof to the newest checkpoint's root, each hash in base64.
+    """
+
+    checkpoint: str
+    size: int
+    proof: tuple[str, ...]
+
+
 class LogProof(Record):
     """The log as far as the certificate needs it.
 
@@ -215,11 +239,13 @@ class LogProof(Record):
         checkpoint: The newest signed checkpoint.
         vkey: The key that signed it.
         entries: By rising number.
+        since: An older checkpoint that this one continues; left out of the JSON where none was given.
     """
 
     checkpoint: str
     vkey: str
     entries: tuple[ProvenEntry, ...]
+    since: Continued | None = None
 
 
 class Certificate(Record):
@@ -267,6 +293,15 @@ class Certificate(Record):
     checks: tuple[ProvenCheck, ...]
     log: LogProof
 
+    def as_json(self) -> dict[str, Any]:
+        """The document as it is written: without the fields that earlier releases do not know, where they are empty."""
+        tree = self.model_dump(mode="json")
+        if self.log.since is None:
+            del tree["log"]["since"]
+        if self.request.record is None:
+            del tree["request"]["record"]
+        return tree
+
 
 # --- reading ----------------------------------------------------------------------------------------------
 
@@ -308,6 +343,37 @@ def _read_log(workspace: Workspace) -> _Log:
     vkey = log_vkey(workspace.keys)
     size = read_checkpoint(note, vkey).size
     return _Log(note, vkey, entries[:size], tuple(leaves[:size]))
+
+
+def _continued(log: _Log, hashes: Sequence[bytes], path: Path) -> dict[str, object]:
+    """Show that the log continues a checkpoint that somebody kept.
+
+    Raises:
+        UsageError: The file cannot be read.
+        StoreDamaged: It is no checkpoint of this log, or the log does not continue it.
+    """
+    try:
+        note = read_whole(path, MAX_NOTE_BYTES)
+    except OSError as error:
+        raise UsageError(f"{path}: {unreadable(error)}. Name a checkpoint of this lineage.") from error
+    try:
+        old = read_checkpoint(note, log.vkey)
+    except StoreDamaged as error:
+        raise StoreDamaged(f"{path}: is no checkpoint of this lineage: {error}") from error
+    if old.size > len(hashes):
+        raise StoreDamaged(
+            f"{path}: signs {old.size} entries, the ledger has {len(hashes)}: it was cut back, or is an older copy. "
+            "Restore the newest one; `takedown verify --checkpoint` says more."
+        )
+    proof = consistency_proof(hashes, old.size)
+    if not verify_consistency(old.size, old.root, len(hashes), root_of_hashes(hashes), proof):
+        raise StoreDamaged(
+            f"{path}: signs {old.size} entries, and others than the first {old.size} of the ledger: the history was "
+            "rewritten since. `takedown verify --checkpoint` says more."
+        )
+    if old.size == 0:
+        raise UsageError(f"{path}: signs an empty log, which every log continues. Name a later checkpoint.")
+    return {"checkpoint": note.decode(), "size": old.size, "proof": _hashes(proof)}
 
 
 class _Case(NamedTuple):
@@ -440,19 +506,25 @@ def _passages(store: VersionStore, entry: LedgerEntry, request_id: str) -> tuple
     return tuple((start, first, end) for start, first, end in rows)
 
 
-def certify(workspace: Workspace, request_id: str) -> Certificate:
+def certify(workspace: Workspace, request_id: str, since: Path | None = None) -> Certificate:
     """Put together what can be certified of a request.
 
+    Args:
+        workspace: Where; only read.
+        request_id: The request.
+        since: An older checkpoint of this log, to be shown that the log was only added to since.
+
     Raises:
-        UsageError: Nothing can: it waits, was refused, came back, was withdrawn, or the version is not in force.
-        StoreDamaged: The ledger or the evidence does not hold.
+        UsageError: Nothing can: it waits, was refused, came back, was withdrawn, or the version is not in force. Or
+            ``since`` cannot be read.
+        StoreDamaged: The ledger or the evidence does not hold, or the log does not continue ``since``.
     """
     log, store = _read_log(workspace), VersionStore(workspace.versions)
     case = _case(log, request_id)
     checks = _checks(log, store, case, request_id)
-    request = Vault(workspace.vault).get(request_id)
     used = _used_entries(log, case, request_id)
     received = next(e for e in used if e.event.kind == "received")
+    request = Vault(workspace.vault).confirmed(request_id, received.event.data)
     decision, version = case.decision, _published(log, case.path[0])
     plan = log.needed("planned", run_id=decision.event.run_id)
     hashes = [leaf_hash(leaf) for leaf in log.leaves]
@@ -469,7 +541,7 @@ def certify(workspace: Workspace, request_id: str) -> Certificate:
             measured=measured.get(number),
         )
 
-    tree: dict[str, object] = {
+    tree: dict[str, Any] = {
         "format": verify_bundle.FORMAT,
         "issued_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "lineage": _published(log, 0).event.data.get("lineage"),
@@ -481,6 +553,7 @@ def certify(workspace: Workspace, request_id: str) -> Certificate:
             "received_at": received.event.data["received_at"],
             "recorded_at": log.at(received),
             "commitment": received.event.data["commitment"],
+            "record": received.event.data.get("record"),
         },
         "outcome": "excluded" if case.excluded else decision.event.kind,
         "state": case.state.state,
@@ -514,6 +587,8 @@ def certify(workspace: Workspace, request_id: str) -> Certificate:
             ],
         },
     }
+    if since is not None:
+        tree["log"] = {**tree["log"], "since": _continued(log, hashes, since)}
     return Certificate.model_validate({**tree, "statement": verify_bundle.statement(tree)})
 
 
@@ -528,13 +603,14 @@ def _gate(log: _Log, case: _Case) -> dict[str, object] | None:
 # --- writing ----------------------------------------------------------------------------------------------
 
 
-def write_certificate(workspace: Workspace, request_id: str, folder: Path) -> Certificate:
+def write_certificate(workspace: Workspace, request_id: str, folder: Path, since: Path | None = None) -> Certificate:
     """Write the certificate of a request into a fresh folder, checked by the program that comes with it.
 
     Args:
         workspace: Where; only read.
         request_id: The request.
         folder: Absent or empty.
+        since: An older checkpoint of this log, see `certify`.
 
     Returns:
         What was written as ``certificate.json``.
@@ -546,9 +622,9 @@ def write_certificate(workspace: Workspace, request_id: str, folder: Path) -> Ce
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: exists and is not empty. Name a new folder.")
-    certificate = certify(workspace, request_id)
+    certificate = certify(workspace, request_id, since)
     files = {
-        CERTIFICATE: canonical_json(certificate.model_dump(mode="json")) + b"\n",
+        CERTIFICATE: canonical_json(certificate.as_json()) + b"\n",
         PAGE: render(certificate).encode(),
         "checkpoint": certificate.log.checkpoint.encode(),
         "log.pub": f"{certificate.log.vkey}\n".encode(),

@@ -29,10 +29,12 @@ from pipeline.records import (
     PassageSpan,
     Reference,
     ScreenReport,
+    TextScore,
 )
 from pipeline.runs import Run, open_run
 from pipeline.settings import Settings
 from pipeline.states import ancestry, excluded, published_versions, purged_versions
+from pipeline.undo import memorised_in
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
@@ -62,10 +64,21 @@ def model_folder(run: Run, version: int) -> Path:
     return folder
 
 
-def parent_model(run: Run) -> tuple[nn.Module, object, Path]:
-    """The parent, its tokenizer and its folder."""
+def parent_model(run: Run) -> tuple[nn.Module, object]:
+    """The version in force and its tokenizer."""
     folder = model_folder(run, run.plan.parent)
-    return shared_model(folder, run.settings.runtime.device), load_tokenizer(folder), folder
+    return shared_model(folder, run.settings.runtime.device), load_tokenizer(folder)
+
+
+def start_folder(run: Run) -> Path:
+    """What the step starts from as a model folder: the parent, in a reinstatement without the steps left out."""
+    return run.folder / "start" if run.plan.left_out else model_folder(run, run.plan.parent)
+
+
+def start_model(run: Run) -> tuple[nn.Module, object]:
+    """What the step starts from, and its tokenizer."""
+    folder = start_folder(run)
+    return shared_model(folder, run.settings.runtime.device), load_tokenizer(folder)
 
 
 def passages_at(
@@ -78,14 +91,39 @@ def passages_at(
 def earlier_spans(run: Run) -> dict[str, list[PassageSpan]]:
     """The passages that the parent was made to forget and must still not know, by request."""
     with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
-        entries = ledger.entries()
-    known, spans = published_versions(entries), dict[str, list[PassageSpan]]()
-    store = VersionStore(run.workspace.versions, known)
+        still = excluded(ledger.entries(), run.plan.parent).keys() - set(run.plan.reinstates)
+    if not run.plan.reinstates:
+        still -= set(run.plan.requests)
+    return {name: found for name, found in forgotten_spans(run).items() if name in still}
+
+
+def reinstated_spans(run: Run) -> dict[str, list[PassageSpan]]:
+    """The passages of the texts to be put back, by request."""
+    return {name: found for name, found in forgotten_spans(run).items() if name in run.plan.reinstates}
+
+
+def scores_before(run: Run) -> dict[str, TextScore]:
+    """How the texts to be put back scored before they were first taken out, as the ledger has it."""
+    with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
+        return {
+            name: TextScore.model_validate(e.event.data.get("before"))
+            for e in reversed(ledger.entries())
+            if e.event.kind == "verified" and (name := str(e.event.request_id)) in run.plan.reinstates
+        }
+
+
+def forgotten_spans(run: Run) -> dict[str, list[PassageSpan]]:
+    """Every passage that the parent or a version before it was made to forget, by request."""
+    with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
+        known = published_versions(ledger.entries())
+    store, spans = VersionStore(run.workspace.versions, known), dict[str, set[tuple[int, int, int]]]()
     for version in ancestry(known, run.plan.parent):
-        for name, rows in dict(store.manifest(version).report.get("memorised", {})).items():  # type: ignore[call-overload]
-            spans[name] = [PassageSpan(request_id=name, prompt_start=a, start=b, end=c) for a, b, c in rows]
-    still = excluded(entries, run.plan.parent)
-    return {name: found for name, found in spans.items() if name in still and name not in run.plan.requests}
+        for name, rows in memorised_in(store.manifest(version)).items():
+            spans.setdefault(name, set()).update((a, b, c) for a, b, c in rows)
+    return {
+        name: [PassageSpan(request_id=name, prompt_start=a, start=b, end=c) for a, b, c in sorted(rows)]
+        for name, rows in spans.items()
+    }
 
 
 def scores_of(

@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
+from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -47,20 +49,25 @@ from pipeline.footer import (
     MAGIC,
     Footer,
     TensorDelta,
-    check_trailer,
     damaged,
     entry_bytes,
     footer_bytes,
+    read_delta,
     read_exactly,
-    read_footer_from,
 )
 from pipeline.lanes import Lane
-from pipeline.safefile import TensorInfo, open_regular, read_header_from
+from pipeline.safefile import DTYPE_BITS, TensorInfo, open_regular, read_header_from
 
+_IN_FLIGHT = 2
+"""Blocks of one source in memory at once: one being read, one hashed and written, or hashed and encoded. More of them
+make nothing faster on two cores."""
 # --- where tensors come from ------------------------------------------------------------------------------
 
+Room = Callable[[int, np.dtype[Any]], Entries]
+"""Gives an array of so many entries of this dtype, to be filled; ``np.empty`` is one."""
 
-class TensorSource(Protocol):
+
+class TensorSource(ABC):
     """One safetensors file, wherever its bytes come from.
 
     Attributes:
@@ -71,32 +78,45 @@ class TensorSource(Protocol):
         promised: Hex SHA-256 that each tensor must have, by name; empty where only the whole file has a digest.
     """
 
-    @property
-    def path(self) -> Path: ...
-    @property
-    def digest(self) -> str: ...
-    @property
-    def header(self) -> bytes: ...
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]: ...
-    @property
-    def promised(self) -> Mapping[str, str]: ...
+    path: Path
+    digest: str
+    header: bytes
+    tensors: tuple[TensorInfo, ...]
+    promised: Mapping[str, str]
+
+    @abstractmethod
+    def read(self, names: Sequence[str], room: Room) -> Iterator[Entries]:
+        """The blocks of these tensors, one tensor after the other, `block_sizes` of each; every file is opened once.
+
+        Args:
+            names: The tensors.
+            room: Gives the arrays that are filled, one per block.
+
+        Raises:
+            StoreDamaged: Something cannot be read or is not what is ever written; before the last block of its tensor.
+        """
 
     def blocks(self, name: str) -> Iterator[Entries]:
-        """The tensor's entries, `BLOCK_ENTRIES` at a time, each time in an array that the caller may write to."""
-        ...
+        """One tensor's entries, `BLOCK_ENTRIES` at a time, each time in an array that the caller may write to."""
+        return self.read([name], np.empty)
 
 
 def _described(tensors: Iterable[TensorInfo | TensorDelta]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
 
 
-def _blocks(tensor: TensorInfo) -> int:
-    """How many blocks a tensor has."""
-    return -(-(tensor.end - tensor.start) // (BLOCK_ENTRIES * entry_bytes(tensor.dtype)))
+def _dtype(tensor: TensorInfo | TensorDelta) -> np.dtype[Any]:
+    """The dtype that a tensor's entries are read as."""
+    return entries_dtype(entry_bytes(tensor.dtype))
 
 
-class WholeFile:
+def block_sizes(tensor: TensorInfo | TensorDelta) -> list[int]:
+    """How many entries each block of a tensor has; none where it is empty."""
+    entries = math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8 // entry_bytes(tensor.dtype)
+    return [min(BLOCK_ENTRIES, entries - start) for start in range(0, entries, BLOCK_ENTRIES)]
+
+
+class WholeFile(TensorSource):
     """A safetensors file on disk as a `TensorSource`.
 
     Args:
@@ -117,48 +137,44 @@ class WholeFile:
         self.promised: Mapping[str, str] = {tensor.name: tensor.sha256 for tensor in known}
         self._by_name = {tensor.name: tensor for tensor in header.tensors}
 
-    def blocks(self, name: str) -> Iterator[Entries]:
-        tensor = self._by_name[name]
-        width = entry_bytes(tensor.dtype)
-        left = (tensor.end - tensor.start) // width
+    def read(self, names: Sequence[str], room: Room) -> Iterator[Entries]:
         with open_regular(self.path)[0] as stream:
-            stream.seek(len(self.header) + tensor.start)
-            while left:
-                block: Entries = np.empty(min(left, BLOCK_ENTRIES), entries_dtype(width))
-                try:
-                    count = stream.readinto(block)  # type: ignore[attr-defined]  # every buffered file has it
-                except OSError as error:
-                    damaged(self.path, f"cannot be read ({error.strerror})")
-                if count < block.nbytes:
-                    damaged(f"{self.path}: tensor {name!r}", "became shorter while it was read")
-                yield block
-                left -= block.size
+            for name in names:
+                tensor = self._by_name[name]
+                stream.seek(len(self.header) + tensor.start)
+                for size in block_sizes(tensor):
+                    block = room(size, _dtype(tensor))
+                    try:
+                        count = stream.readinto(block)  # type: ignore[attr-defined]  # every buffered file has it
+                    except OSError as error:
+                        damaged(self.path, f"cannot be read ({error.strerror})")
+                    if count < block.nbytes:
+                        damaged(f"{self.path}: tensor {name!r}", "became shorter while it was read")
+                    yield block
 
 
 # --- a delta as a source ----------------------------------------------------------------------------------
 
 
-class DeltaFile:
+class DeltaFile(TensorSource):
     """A delta over its base as a `TensorSource`; the base may be a delta again.
 
     Args:
         path: The delta file.
         digest: ``sha256:<hex>`` of the safetensors file that it must lead to.
         base: What it was made on.
+        content: What `read_delta` gives of the file, where the caller has read it already.
 
     Raises:
         StoreDamaged: The file does not match its own digest or breaks a rule, leads to another file, or was made on
             another base; says which.
     """
 
-    def __init__(self, path: Path, digest: str, base: TensorSource) -> None:
+    def __init__(
+        self, path: Path, digest: str, base: TensorSource, content: tuple[Footer, bytes] | None = None
+    ) -> None:
         self.path, self.digest, self.base = path, digest, base
-        stream, size = open_regular(path)
-        with stream:
-            self.footer = read_footer_from(path, stream, size)
-            check_trailer(path, stream, size)
-            stream.seek(len(MAGIC))
-            frame = read_exactly(path, stream, self.footer.header_length)
+        self.footer, frame = content or read_delta(path)
         if self.footer.target != digest:
             damaged(path, f"leads to {self.footer.target}, expected {digest}")
         if self.footer.base != base.digest:
@@ -192,30 +208,35 @@ class DeltaFile:
         """Hex SHA-256 of a tensor in the base that the delta was made on."""
         return self._by_name[name].pre
 
-    def blocks(self, name: str) -> Iterator[Entries]:
-        tensor = self._by_name[name]
-        if not tensor.length:
-            yield from self.base.blocks(name)
-            return
-        where = f"{self.path}: tensor {name!r}"
-        left, changed = tensor.length, 0
+    def read(self, names: Sequence[str], room: Room) -> Iterator[Entries]:
+        blocks = self.base.read(names, room)
         with open_regular(self.path)[0] as stream:
-            stream.seek(tensor.offset)
-            for old in self.base.blocks(name):
-                length = int.from_bytes(read_exactly(where, stream, min(4, left)), "little")
-                left = max(left - 4, 0)
-                if length > min(left, max_payload_bytes(old.size, old.itemsize)):
-                    damaged(where, f"has a block of {length} bytes for {old.size} entries, {left} bytes are left")
-                payload = read_exactly(where, stream, length)
-                left -= length
-                try:
-                    new = change_block(payload, old)
-                except StoreDamaged as error:
-                    raise StoreDamaged(f"{where}: {error}") from None
-                changed += changed_entries(payload)
-                yield new
-        if left or changed != tensor.changed:
-            damaged(where, f"changes {changed} entries and leaves {left} bytes, expected {tensor.changed} and 0")
+            for name in names:
+                tensor = self._by_name[name]
+                of_tensor = islice(blocks, len(block_sizes(tensor)))
+                yield from self._changed(tensor, of_tensor, stream) if tensor.length else of_tensor
+
+    def _changed(self, tensor: TensorDelta, blocks: Iterable[Entries], stream: BinaryIO) -> Iterator[Entries]:
+        """Change a tensor's blocks, in their own arrays, by the payloads in the open delta file."""
+        where = f"{self.path}: tensor {tensor.name!r}"
+        stream.seek(tensor.offset)
+        to_come, left, changed = len(block_sizes(tensor)), tensor.length, 0
+        for block in blocks:
+            length = int.from_bytes(read_exactly(where, stream, min(4, left)), "little")
+            left = max(left - 4, 0)
+            if length > min(left, max_payload_bytes(block.size, block.itemsize)):
+                damaged(where, f"has a block of {length} bytes for {block.size} entries, {left} bytes are left")
+            payload = read_exactly(where, stream, length)
+            left -= length
+            try:
+                change_block(payload, block)
+            except StoreDamaged as error:
+                raise StoreDamaged(f"{where}: {error}") from None
+            changed += changed_entries(payload)
+            to_come -= 1
+            if not to_come and (left or changed != tensor.changed):
+                damaged(where, f"changes {changed} entries and leaves {left} bytes, expected {tensor.changed} and 0")
+            yield block
 
 
 def _digest(source: TensorSource, name: str) -> str:
@@ -246,13 +267,55 @@ def _fault(source: TensorSource, name: str) -> StoreDamaged:
     )
 
 
-def _explained(source: TensorSource, name: str) -> Iterator[Entries]:
-    """The blocks of a tensor; where reading fails, the error names the file at fault."""
-    try:
-        yield from source.blocks(name)
-    except StoreDamaged as error:
-        # A wrong base can look like a wrong delta.
-        raise (_fault(source, name) if source.promised else error) from None
+class _Ring:
+    """Arrays for blocks, each used again once what was done with it is done: what bounds memory.
+
+    Fresh memory for every block would take as long as reading it.
+
+    Args:
+        tensors: What is going to be read.
+    """
+
+    def __init__(self, tensors: Iterable[TensorInfo]) -> None:
+        most = max((size * _dtype(tensor).itemsize for tensor in tensors for size in block_sizes(tensor)), default=0)
+        self._memory = [np.empty(most, np.uint8) for _ in range(_IN_FLIGHT)]
+        self._busy = deque[tuple[Future[Any], ...]]()
+        self._taken = 0
+
+    def room(self, size: int, dtype: np.dtype[Any]) -> Entries:
+        """An array for the next block; waits for what is done with the block that had it."""
+        if self._taken >= _IN_FLIGHT:
+            for job in self._busy.popleft():
+                job.result()
+        memory = self._memory[self._taken % _IN_FLIGHT]
+        self._taken += 1
+        return memory[: size * dtype.itemsize].view(dtype)
+
+    def busy_until(self, *jobs: Future[Any]) -> None:
+        """What is done with the oldest block that this was not said of yet."""
+        self._busy.append(jobs)
+
+
+def _each(
+    source: TensorSource, tensors: Sequence[TensorInfo], room: Room
+) -> Iterator[tuple[TensorInfo, Iterator[Entries]]]:
+    """Each tensor with its blocks, to be taken before the next; where reading fails, the error names the file at fault.
+
+    Args:
+        source: What is read.
+        tensors: Its tensors, in the order that they are wanted in.
+        room: Gives the arrays for the blocks.
+    """
+    blocks = source.read([tensor.name for tensor in tensors], room)
+
+    def of(tensor: TensorInfo) -> Iterator[Entries]:
+        try:
+            yield from islice(blocks, len(block_sizes(tensor)))
+        except StoreDamaged as error:
+            # A wrong base can look like a wrong delta.
+            raise (_fault(source, tensor.name) if source.promised else error) from None
+
+    return ((tensor, of(tensor)) for tensor in tensors)
 
 
 def _write_all(stream: BinaryIO, piece: memoryview) -> None:
@@ -285,15 +348,17 @@ def rebuild(source: TensorSource, stream: BinaryIO | None) -> list[TensorDigest]
             raise _fault(source, tensor.name)
         digests.append(TensorDigest(tensor.name, tensor.dtype, tensor.shape, found))
 
+    ring = _Ring(source.tensors)
     with Lane() as hashing, Lane() as writing:
         if stream is not None:
             _write_all(stream, memoryview(source.header))
-        for tensor in source.tensors:
+        for tensor, blocks in _each(source, source.tensors, ring.room):
             sha = hashlib.sha256()
-            for block in _explained(source, tensor.name):
-                hashing.do(sha.update, block.data)
+            for block in blocks:
+                jobs = [hashing.do(sha.update, block.data)]
                 if stream is not None:
-                    writing.do(_write_all, stream, block.data)
+                    jobs.append(writing.do(_write_all, stream, block.data))
+                ring.busy_until(*jobs)
             hashing.do(close, tensor, sha)  # not waited for: the next tensor is read meanwhile
         hashing.finish()
         writing.finish()
@@ -343,17 +408,6 @@ class _Out:
         self.position += len(data)
 
 
-def _encoded(pairs: Iterable[tuple[Entries, Entries]], lanes: Sequence[Lane]) -> Iterator[bytes]:
-    """The payloads of (old, new) blocks, in their order, made in as many threads as there are lanes."""
-    waiting = deque[Future[bytes]]()
-    for (old, new), lane in zip(pairs, cycle(lanes), strict=False):  # the lanes go round
-        waiting.append(lane.do(encode_block, old, new))
-        if len(waiting) > len(lanes):
-            yield waiting.popleft().result()
-    for payload in waiting:
-        yield payload.result()
-
-
 def _write_blocks(out: _Out, payloads: Iterable[bytes], codecs: Counter[Codec]) -> int:
     """Write one tensor's blocks, nothing if none changes anything; returns how many entries they change."""
     changed, held = 0, list[bytes]()  # held: until it is known whether any changes anything
@@ -391,13 +445,25 @@ def write_delta(base: TensorSource, target: TensorSource, stream: BinaryIO) -> D
     pre = {tensor.name: hashlib.sha256() for tensor in target.tensors}
     post = {tensor.name: hashlib.sha256() for tensor in target.tensors if tensor.name not in target.promised}
 
-    def pairs(hashing: Lane) -> Iterator[tuple[Entries, Entries]]:
-        for name in pre:
-            for old, new in zip(_explained(base, name), _explained(target, name), strict=True):
-                hashing.do(pre[name].update, old.data)
-                if name in post:
-                    hashing.do(post[name].update, new.data)
-                yield old, new
+    def payloads(hashing: Lane, encoding: Lane) -> Iterator[bytes]:
+        """The payloads of all blocks, in their order, each made while the next block is read."""
+        old_ring, new_ring = _Ring(target.tensors), _Ring(target.tensors)
+        waiting = deque[Future[bytes]]()
+        pairs = zip(
+            _each(base, target.tensors, old_ring.room), _each(target, target.tensors, new_ring.room), strict=True
+        )
+        for (tensor, olds), (_, news) in pairs:
+            for old, new in zip(olds, news, strict=True):
+                payload = encoding.do(encode_block, old, new)
+                before = hashing.do(pre[tensor.name].update, old.data)
+                after = hashing.do(post[tensor.name].update, new.data) if tensor.name in post else payload
+                old_ring.busy_until(payload, before)
+                new_ring.busy_until(payload, after)
+                waiting.append(payload)
+                if len(waiting) == _IN_FLIGHT:
+                    yield waiting.popleft().result()
+        for payload in waiting:
+            yield payload.result()
 
     def seal(tensor: TensorInfo, offset: int, length: int, changed: int) -> TensorDelta:
         """Put the digests in, once they are there; a source that promised others is damaged."""
@@ -413,11 +479,11 @@ def write_delta(base: TensorSource, target: TensorSource, stream: BinaryIO) -> D
     frame = b"" if target.header == base.header else compress(target.header)
     out.write(MAGIC + frame)
     written = list[tuple[TensorInfo, int, int, int]]()
-    with Lane() as hashing, Lane() as one, Lane() as two:
-        payloads = _encoded(pairs(hashing), (one, two))
+    with Lane() as hashing, Lane() as encoding:
+        made = payloads(hashing, encoding)
         for tensor in target.tensors:
             offset = out.position
-            changed = _write_blocks(out, islice(payloads, _blocks(tensor)), codecs)
+            changed = _write_blocks(out, islice(made, len(block_sizes(tensor))), codecs)
             written.append((tensor, offset, out.position - offset, changed))
         hashing.finish()
     tensors = tuple(seal(*record) for record in written)

@@ -90,7 +90,7 @@ def diff(store: VersionStore, first: VersionManifest, second: VersionManifest) -
     kinds = [{name: (t.dtype, t.shape) for name, t in table.items()} for table in tables]
     common = [n for n in tables[1] if n in tables[0] and kinds[0][n] == kinds[1][n]]
     changed = [n for n in common if tables[0][n] != tables[1][n]]
-    places = [_places(store, manifest) if changed else {} for manifest in (first, second)]
+    places = [tensor_places(store, manifest) if changed else {} for manifest in (first, second)]
     count = Counter("diff", len(changed))
     found = []
     for name in changed:
@@ -159,7 +159,7 @@ def numbers(bits: Entries, dtype: str) -> Values | None:
             return None
 
 
-def _places(store: VersionStore, manifest: VersionManifest) -> dict[str, tuple[TensorSource, TensorInfo]]:
+def tensor_places(store: VersionStore, manifest: VersionManifest) -> dict[str, tuple[TensorSource, TensorInfo]]:
     """Where each tensor of a version is read from."""
     sources = [store.objects.source(f.digest) for f in manifest.files if f.path.endswith(".safetensors")]
     return {info.name: (source, info) for source in sources for info in source.tensors}

@@ -20,7 +20,7 @@ from pipeline.runs import Run
 R = TypeVar("R", bound=Record)
 
 RECORDS = (
-    "plan", "reference", "dedupe", "screen", "saliency", "unlearn", "repair", "merge", "evaluate", "gate",
+    "plan", "reference", "leave-out", "dedupe", "screen", "saliency", "unlearn", "repair", "merge", "evaluate", "gate",
 )  # fmt: skip
 """Records of a run, in the order they are made. One that needed no training ends with ``screen``."""
 

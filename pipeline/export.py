@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pipeline.errors import StoreDamaged
 from pipeline.records import LedgerEntry
 from pipeline.states import TAKEN_OUT, current_version, excluded, request_states
-from pipeline.vault import Vault
+from pipeline.vault import Vault, received_data
 from pipeline.workspace import Workspace
 
 FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
@@ -29,15 +29,19 @@ Row = dict[str, object]
 
 
 def request_rows(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[Row]:
-    """One row for each request, in the order received; titles come from the vault, empty where it has none."""
+    """One row for each request, in the order received; titles come from the vault.
+
+    They are empty where it has none, or others than the ledger committed to.
+    """
     vault, out = Vault(workspace.vault), excluded(entries, current_version(entries))
     measured: dict[str, Mapping[str, object]] = {
         str(e.event.request_id): e.event.data for e in entries if e.event.kind == "verified"
     }
+    received = received_data(entries)
     rows = []
     for name, state in request_states(entries).items():
         try:
-            request = vault.get(name)
+            request = vault.confirmed(name, received[name])
             title, holder, basis = request.title, request.rights_holder, request.basis
         except StoreDamaged:
             title = holder = basis = ""

@@ -248,3 +248,20 @@ def check_trailer(path: Path, stream: BinaryIO, size: int) -> None:
         whole.update(read_exactly(path, stream, min(CHUNK_BYTES, size - _SHA_BYTES - start)))
     if read_exactly(path, stream, _SHA_BYTES) != whole.digest():
         damaged(path, "does not match the digest at its end")
+
+
+def read_delta(path: Path) -> tuple[Footer, bytes]:
+    """Read a delta file but for its payloads, after hashing all of it.
+
+    Returns:
+        Its footer, and the frame of its safetensors header, empty where that is the base's.
+
+    Raises:
+        StoreDamaged: The file is missing, does not match the digest at its end, or breaks a rule.
+    """
+    stream, size = open_regular(path)
+    with stream:
+        footer = read_footer_from(path, stream, size)
+        check_trailer(path, stream, size)
+        stream.seek(len(MAGIC))
+        return footer, read_exactly(path, stream, footer.header_length)

@@ -18,7 +18,8 @@ def decide(evaluation: Evaluation, original: Mapping[str, TextScore], limits: Ga
     Args:
         evaluation: What was measured on parent and candidate.
         original: Scores of v0 on the kept and held-out texts, by name: losses are counted from the untouched
-            model, so that many small ones cannot add up unseen.
+            model, so that many small ones cannot add up unseen. And scores of texts to be put back, from before they
+            were taken out.
         limits: The limits, fixed before the run.
 
     Returns:
@@ -32,6 +33,14 @@ def decide(evaluation: Evaluation, original: Mapping[str, TextScore], limits: Ga
             reasons.append(
                 f"{item.name} ({item.role}): exact memorisation {found:.3f} is above {ceiling:.3f} "
                 f"(never-seen level {evaluation.level.mean:.3f} + {limits.forget_tolerance})."
+            )
+    for item in evaluation.of("reinstated"):
+        found, level = item.after.exact_memorisation, evaluation.level.mean
+        floor = level + limits.reinstated_share * (original[item.name].exact_memorisation - level)
+        if found < floor - ROUNDING:
+            reasons.append(
+                f"{item.name} (reinstated): exact memorisation {found:.3f} is below {floor:.3f}, so the text did not "
+                "come back. Another request that stands may hold the same text."
             )
     kept = evaluation.of("kept")
     if kept:
@@ -49,8 +58,8 @@ def decide(evaluation: Evaluation, original: Mapping[str, TextScore], limits: Ga
             reasons.append(
                 f"Held-out text: perplexity rose by {growth - 1:.1%} over v0, more than {limits.perplexity_rise:.0%}."
             )
-    if not evaluation.of("this", "repeat", "folded"):
-        reasons.append("Nothing was unlearned: no request of this step is in the evaluation.")
+    if not evaluation.of("this", "repeat", "folded", "reinstated"):
+        reasons.append("Nothing was unlearned or put back: no request of this step is in the evaluation.")
     unchecked = []
     if not kept:
         unchecked.append("Works to be kept: none were given at init (--kept), so their loss was not measured.")

@@ -47,6 +47,7 @@ from pipeline.states import (
     follow,
     published_versions,
     purged_versions,
+    put_back,
 )
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
@@ -97,9 +98,10 @@ def step_view(workspace: Workspace, run_id: str, entries: Sequence[LedgerEntry])
         at=entry.at,
         version=_version_of(run_id, entries),
         parent=plan.parent,
+        left_out=plan.left_out,
         dedupe=needed("dedupe", DedupeReport),
         screen=needed("screen", ScreenReport),
-        mask=needed("saliency", MaskReport) if trained else None,
+        mask=record("saliency", MaskReport),
         vectors=tuple(s.vector for s in steps),
         calibrations=tuple(s.calibration for s in steps),
         evaluation=needed("evaluate", Evaluation) if trained else None,
@@ -149,6 +151,7 @@ def _version_view(
         published_by=event.actor,
         run_id=event.run_id,
         requests=manifest.requests if manifest else _taken_out(entries, version),
+        puts_back=tuple(name for name, number in put_back(entries, version).items() if number == version),
         selected=number("selected"),
         changed=number("changed"),
         total=number("total"),

@@ -10,6 +10,7 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -168,6 +169,20 @@ _SCHEMA = (
 )
 
 
+def _schema(database: sqlite3.Connection) -> dict[str, tuple[object, ...]]:
+    """Everything that a database declares, by name; but for the page where a table begins."""
+    return {row[0]: row[1:] for row in database.execute("SELECT name, type, tbl_name, sql FROM sqlite_master")}
+
+
+@cache
+def _expected_schema() -> dict[str, tuple[object, ...]]:
+    """What an index declares: two tables, and nothing that acts by itself when one is written."""
+    with closing(sqlite3.connect(":memory:")) as database:
+        for statement in _SCHEMA:
+            database.execute(statement)
+        return _schema(database)
+
+
 def _empty_index(parameters: DedupeParameters) -> bytes:
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
         for statement in _SCHEMA:
@@ -178,6 +193,10 @@ def _empty_index(parameters: DedupeParameters) -> bytes:
 
 def _check(path: Path, database: sqlite3.Connection, parameters: DedupeParameters) -> None:
     """Check that a file is a whole index of these parameters."""
+    if (found := _schema(database)) != (wanted_schema := _expected_schema()):
+        names = sorted({*found, *wanted_schema}, key=str)
+        other = [name for name in names if found.get(name) != wanted_schema.get(name)]
+        raise StoreDamaged(f"{path}: declares other than this product does: {', '.join(map(repr, other))}. {_REBUILD}")
     state = " ".join(database.execute("PRAGMA quick_check(1)").fetchone()[0].split())
     if state != "ok":
         raise StoreDamaged(f"{path}: is damaged ({state}). {_REBUILD}")

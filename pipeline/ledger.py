@@ -7,6 +7,9 @@ keeps a copy of it elsewhere can tell a history that was rewritten or cut back l
 
 A leaf of the log is the canonical JSON of ``{"at", "event", "previous", "seq"}``, the bytes whose SHA-256 is the
 entry's digest.
+
+Every read fetches every row. What was checked once in this process is not parsed and hashed again where the rows are
+the same, byte for byte; a row that differs is, and so is all that follows it.
 """
 
 from __future__ import annotations
@@ -156,8 +159,9 @@ def leaf_data(seq: int, at: str, event: str, previous: str) -> bytes:
         event: The event as canonical JSON.
         previous: Digest of the entry before.
     """
+    # Of a mere text `json.dumps` gives the canonical form, too, and several times faster.
     return b'{"at":%s,"event":%s,"previous":%s,"seq":%d}' % (
-        canonical_json(at), event.encode("utf-8", "surrogateescape"), canonical_json(previous), seq,
+        json.dumps(at).encode(), event.encode("utf-8", "surrogateescape"), json.dumps(previous).encode(), seq,
     )  # fmt: skip
 
 
@@ -176,6 +180,63 @@ def _leaf_of(row: _Row) -> bytes:
     if not isinstance(row.seq, int) or not all(isinstance(value, str) for value in row[1:]):
         return repr(tuple(row)).encode("utf-8", "surrogateescape")
     return leaf_data(row.seq, row.at, row.event, row.previous)
+
+
+class _Checked(NamedTuple):
+    """The rows of a ledger from the first one on, all sound, with what follows from them. Never changed.
+
+    Attributes:
+        rows: As SQLite gives them.
+        entries: What they say.
+        hashes: Leaf hash of each, 32 bytes.
+        frontier: Of the tree over all of them; to be copied before it grows.
+    """
+
+    rows: list[tuple[Any, ...]]
+    entries: tuple[LedgerEntry, ...]
+    hashes: tuple[bytes, ...]
+    frontier: Frontier
+
+    def grown(self, rows: list[tuple[Any, ...]], entries: Sequence[LedgerEntry]) -> _Checked:
+        """These rows and further ones that were checked, too."""
+        hashes, frontier = [leaf_hash(_leaf_of(_Row(*row))) for row in rows], self.frontier.copy()
+        for hash_ in hashes:
+            frontier.append(hash_)
+        return _Checked(self.rows + rows, (*self.entries, *entries), (*self.hashes, *hashes), frontier)
+
+
+_NOTHING = _Checked([], (), (), Frontier())
+
+_newest = _NOTHING
+"""What this process checked last. One ledger's worth: a process works on one workspace."""
+
+
+def _remember(checked: _Checked) -> _Checked:
+    global _newest
+    _newest = checked
+    return checked
+
+
+def _check_sound(path: Path, rows: list[tuple[Any, ...]]) -> _Checked:
+    """Check all rows, those anew that are not the same as at the last time.
+
+    Raises:
+        StoreDamaged: An entry was changed, removed or inserted.
+    """
+    known = _newest
+    if rows[: len(known.rows)] != known.rows:
+        known = _NOTHING
+    fresh = rows[len(known.rows) :]
+    if not fresh:
+        return known
+    entries, breaks = _check_rows(path.name, fresh, known.entries[-1] if known.entries else None)
+    if breaks:
+        first = breaks[0]
+        raise StoreDamaged(
+            f"{path}: does not hold in {len(breaks)} places, first {first.where}: {first.found}. "
+            "`takedown verify` lists all breaks."
+        )
+    return _remember(known.grown(fresh, entries))
 
 
 def _read_row(row: _Row) -> tuple[LedgerEntry | None, list[str]]:
@@ -204,15 +265,22 @@ def _read_row(row: _Row) -> tuple[LedgerEntry | None, list[str]]:
     return entry, found
 
 
-def _check_rows(name: str, rows: Iterable[_Row]) -> tuple[list[LedgerEntry], list[Break]]:
-    """Read all rows, in order; also check numbering and chain.
+def _check_rows(
+    name: str, rows: Iterable[tuple[Any, ...]], last: LedgerEntry | None = None
+) -> tuple[list[LedgerEntry], list[Break]]:
+    """Read rows, in order; also check numbering and chain.
+
+    Args:
+        name: The ledger's, for the breaks.
+        rows: As SQLite gives them.
+        last: The entry before the first of them; None where that is the ledger's first.
 
     Returns:
         Every entry that could be read, sound or not, and every break.
     """
     entries, breaks = [], []
-    seq, previous = 0, GENESIS
-    for row in rows:
+    seq, previous = (last.seq, last.digest) if last else (0, GENESIS)
+    for row in map(_Row._make, rows):
         where = f"{name}: entry {row.seq}"
         if row.seq != seq + 1:
             gap = f"entry {seq + 1}" if row.seq == seq + 2 else f"the entries after {seq}"
@@ -328,8 +396,9 @@ class Ledger:
         Raises:
             WorkspaceBusy: Another process is writing.
             NoSpace: The disk is full or read-only. Where only the checkpoint file could not be written, it says so.
-            StoreDamaged: The newest entry does not hold, or the entries are not those that were signed; nothing is
-                built or signed on top of that.
+            StoreDamaged: An entry does not hold, or the entries are not those that were signed; nothing is built or
+                signed on top of that.
+            UsageError: A key cannot be read.
             ValueError: An event's data is not JSON (NaN), or ``at`` has no zone.
         """
         time = _time_text(at or datetime.now(UTC))
@@ -340,30 +409,32 @@ class Ledger:
         with _explained(self.path):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
-                last = self.head()
-                seq, previous = (last.seq, last.digest) if last else (0, GENESIS)
-                frontier = self._signed_frontier()
+                before = _check_sound(self.path, self._rows())
+                self._require_signed(before, self.checkpoint(), log_vkey(self.keys))
+                seq, previous = (len(before.rows), before.entries[-1].digest) if before.rows else (0, GENESIS)
+                rows = list[tuple[Any, ...]]()
                 for tree in trees:
                     seq += 1
                     text = canonical_json(tree).decode()
-                    leaf = leaf_data(seq, time, text, previous)
-                    digest = digest_bytes(leaf)
+                    digest = digest_bytes(leaf_data(seq, time, text, previous))
                     row = _Row(seq, time, text, previous, digest)
                     self._connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", row)
                     entry, found = _read_row(row)
                     if entry is None or found:
                         raise ValueError(f"event {tree['kind']!r} does not survive being written: {found}")
                     entries.append(entry)
-                    frontier.append(leaf_hash(leaf))
+                    rows.append(tuple(row))
                     previous = digest
+                after = before.grown(rows, entries)
                 if entries:
-                    note = self._sign(frontier)
+                    note = self._sign(after.frontier)
                     self._connection.execute("INSERT INTO checkpoints VALUES (?, ?)", (seq, note))
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+        _remember(after)
         if entries:
             self._write_checkpoint_file(note, len(entries))
         return tuple(entries)
@@ -377,23 +448,6 @@ class Ledger:
                 "only this copy of the newest checkpoint is old. Free some space; the next writing command renews it."
             ) from error
 
-    def head(self) -> LedgerEntry | None:
-        """The newest entry, or None. Its digest stands for the whole ledger: note it elsewhere.
-
-        Raises:
-            StoreDamaged: The entry does not match its own digest.
-        """
-        with _explained(self.path):
-            rows = self._connection.execute(f"{_SELECT} ORDER BY seq DESC LIMIT 1").fetchall()
-        if not rows:
-            return None
-        entry, found = _read_row(_Row(*rows[0]))
-        if entry is None or found:
-            raise StoreDamaged(
-                f"{self.path}: entry {rows[0][0]}: {'; '.join(found)}. `takedown verify` lists all breaks."
-            )
-        return entry
-
     def checkpoint(self) -> str | None:
         """The newest signed checkpoint, a C2SP note; None while the ledger is empty."""
         with _explained(self.path):
@@ -403,29 +457,34 @@ class Ledger:
     def leaves(self) -> list[bytes]:
         """The bytes of every leaf of the log, in order, as they are found; `examine` says whether they hold."""
         with _explained(self.path):
-            return [_leaf_of(row) for row in self._rows()]
+            return [_leaf_of(_Row(*row)) for row in self._rows()]
 
     def _sign(self, frontier: Frontier) -> str:
         origin = parse_vkey(log_vkey(self.keys)).name
         key = load_log_key(self.keys)
         return sign_note(checkpoint_text(Checkpoint(origin, frontier.size, frontier.root())), origin, key)
 
-    def _signed_frontier(self) -> Frontier:
-        """The log so far, after a check that it is exactly what was signed last."""
-        frontier = Frontier()
-        for leaf in self.leaves():
-            frontier.append(leaf_hash(leaf))
-        note = self.checkpoint()
-        if note is None and frontier.size == 0:
-            return frontier
-        signed = read_checkpoint(note, log_vkey(self.keys)) if note is not None else None
-        if signed is None or (signed.size, signed.root) != (frontier.size, frontier.root()):
-            raise StoreDamaged(
-                f"{self.path}: its {frontier.size} entries are not those of its last signed checkpoint "
-                f"({signed.size if signed else 'there is none'}). Nothing was written; `takedown verify` lists all "
-                "breaks."
-            )
-        return frontier
+    def _require_signed(self, checked: _Checked, note: str | None, vkey: str) -> None:
+        """The newest checkpoint must be signed by the lineage's key, over exactly these rows.
+
+        Raises:
+            StoreDamaged: It is not.
+        """
+        if note is None and not checked.rows:
+            return
+        size = "there is none"
+        if note is not None:
+            try:
+                signed = read_checkpoint(note.encode("utf-8", "surrogateescape"), vkey)
+            except StoreDamaged as error:
+                raise StoreDamaged(f"{self.path}: its newest checkpoint does not hold: {error}") from error
+            if (signed.size, signed.root) == (checked.frontier.size, checked.frontier.root()):
+                return
+            size = str(signed.size)
+        raise StoreDamaged(
+            f"{self.path}: its {len(checked.rows)} entries are not those of its last signed checkpoint ({size}). "
+            "Nothing is shown of them or written after them; `takedown verify` lists all breaks."
+        )
 
     def _mend_checkpoint_file(self) -> None:
         """Write the newest checkpoint beside the database, where a process died before it could.
@@ -442,41 +501,57 @@ class Ledger:
             raise StoreDamaged(f"{self.checkpoint_file}: {unreadable(error)}. Remove it and run again.") from error
         if found == (note or "").encode():
             return
-        if (contradiction := self._contradicted(found, self.leaves())) is not None:
+        self._refuse_contradicted(found, [leaf_hash(leaf) for leaf in self.leaves()])
+        if note is not None:
+            write_atomic(self.checkpoint_file, note.encode())
+
+    def _refuse_contradicted(self, note: bytes, hashes: Sequence[bytes]) -> None:
+        if (contradiction := self._contradicted(note, hashes)) is not None:
             raise StoreDamaged(
                 f"{self.path}: {self.checkpoint_file.name} {contradiction}: the ledger was cut back, rewritten or is "
                 "an older copy. Restore the newest one; `takedown verify` lists all breaks."
             )
-        if note is not None:
-            write_atomic(self.checkpoint_file, note.encode())
 
-    def _contradicted(self, note: bytes, leaves: Sequence[bytes]) -> str | None:
+    def _contradicted(self, note: bytes, hashes: Sequence[bytes]) -> str | None:
         """How a checkpoint of this lineage contradicts the entries; None where it does not, or is none of ours."""
         try:
             signed = read_checkpoint(note, log_vkey(self.keys))
         except StoreDamaged:
             return None  # `verify` names it until the next writer puts the right one there
-        if signed.size > len(leaves):
-            return f"signs {signed.size} entries, the ledger has {len(leaves)}"
-        if root_of_hashes([leaf_hash(leaf) for leaf in leaves[: signed.size]]) != signed.root:
+        if signed.size > len(hashes):
+            return f"signs {signed.size} entries, the ledger has {len(hashes)}"
+        if root_of_hashes(hashes[: signed.size]) != signed.root:
             return f"signs {signed.size} entries, and others than the first {signed.size} of the ledger"
         return None
 
     def entries(self) -> tuple[LedgerEntry, ...]:
-        """All entries, oldest first, with the whole chain checked.
+        """All entries, oldest first: the whole chain checked, and that they are those that were signed last.
+
+        A reader who may not read the public key gets them without a check of the signature; `verify` says so.
 
         Raises:
-            StoreDamaged: An entry was changed, removed or inserted.
+            StoreDamaged: An entry was changed, removed, inserted or not signed, or the checkpoint beside the database
+                signs more or others.
         """
-        with _explained(self.path):
-            entries, breaks = _check_rows(self.path.name, self._rows())
-        if breaks:
-            first = breaks[0]
-            raise StoreDamaged(
-                f"{self.path}: does not hold in {len(breaks)} places, first {first.where}: {first.found}. "
-                "`takedown verify` lists all breaks."
-            )
-        return tuple(entries)
+        beside = self._beside()  # first: a writer commits and then renews it, so the database holds what it signs
+        with _explained(self.path), self._snapshot():
+            rows, note = self._rows(), self.checkpoint()
+        checked = _check_sound(self.path, rows)
+        try:
+            vkey = log_vkey(self.keys)
+        except UsageError:
+            return checked.entries
+        self._require_signed(checked, note, vkey)
+        if beside != (note or "").encode():
+            self._refuse_contradicted(beside, checked.hashes)
+        return checked.entries
+
+    def _beside(self) -> bytes:
+        """The checkpoint beside the database; empty where it cannot be read: `verify` names that."""
+        try:
+            return read_whole(self.checkpoint_file, MAX_NOTE_BYTES)
+        except OSError:
+            return b""
 
     def check(self) -> list[Break]:
         """Check everything that can be checked inside the ledger; never raises, whatever it holds."""
@@ -492,28 +567,34 @@ class Ledger:
         name = self.path.name
         breaks: list[Break] = []
         entries: list[LedgerEntry] = []
+        beside = self._beside()
         try:
-            for (line,) in self._connection.execute("PRAGMA integrity_check"):
-                if line != "ok":
-                    means = "The database file was changed outside SQLite, or its disk is failing."
-                    breaks.append(Break(where=name, found=str(line), means=means))
-            breaks += self._check_schema()
-            rows = list(self._rows())
-            entries, found = _check_rows(name, rows)
-            breaks += found
-            # The highest number ever given, kept by SQLite beside the table.
-            used = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchall()
-            last = rows[-1].seq if rows else 0
-            if (used or rows) and used != [(last,)]:
-                found_text = f"SQLite counts {used[0][0] if used else 'no'} entries written, the last one is {last}"
-                breaks.append(Break(where=name, found=found_text, means="The newest entries were removed or replaced."))
-            breaks += self._check_checkpoints(rows, every_signature)
+            with self._snapshot():
+                for (line,) in self._connection.execute("PRAGMA integrity_check"):
+                    if line != "ok":
+                        means = "The database file was changed outside SQLite, or its disk is failing."
+                        breaks.append(Break(where=name, found=str(line), means=means))
+                breaks += self._check_schema()
+                rows = self._rows()
+                entries, found = _check_rows(name, rows)
+                breaks += found
+                breaks += self._check_counter(rows)
+                breaks += self._check_checkpoints(rows, every_signature, beside)
         except (sqlite3.Error, UnicodeDecodeError) as error:
             means = "The ledger was changed outside this product, or its disk is failing. Restore it from a backup."
             breaks.append(Break(where=name, found=f"cannot be read ({error})", means=means))
         return tuple(entries), breaks
 
-    def _check_checkpoints(self, rows: Sequence[_Row], every_signature: bool) -> list[Break]:
+    def _check_counter(self, rows: Sequence[tuple[Any, ...]]) -> list[Break]:
+        """The highest number ever given, kept by SQLite beside the table, must be that of the last row."""
+        used = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchall()
+        last = rows[-1][0] if rows else 0
+        if used == [(last,)] or not (used or rows):
+            return []
+        found = f"SQLite counts {used[0][0] if used else 'no'} entries written, the last one is {last}"
+        return [Break(where=self.path.name, found=found, means="The newest entries were removed or replaced.")]
+
+    def _check_checkpoints(self, rows: Sequence[tuple[Any, ...]], every_signature: bool, beside: bytes) -> list[Break]:
         """Every checkpoint must be signed by the lineage's key, over exactly the entries that precede it."""
         name, means = self.path.name, "The history was changed after it was signed, or signed by somebody else."
         try:
@@ -522,9 +603,9 @@ class Ledger:
             lost = "Without the public key nobody can tell who signed this history. Restore it from a copy."
             return [Break(where=f"{self.keys.name}/log.pub", found=str(error), means=lost)]
         notes = dict(self._connection.execute("SELECT size, note FROM checkpoints ORDER BY size"))
-        breaks, frontier = [], Frontier()
-        for row in rows:
-            frontier.append(leaf_hash(_leaf_of(row)))
+        breaks, frontier, hashes = [], Frontier(), [leaf_hash(_leaf_of(_Row(*row))) for row in rows]
+        for hash_ in hashes:
+            frontier.append(hash_)
             note = notes.get(frontier.size)
             if note is None or not (every_signature or frontier.size == len(rows)):
                 continue
@@ -546,10 +627,16 @@ class Ledger:
             found = f"the last checkpoint signs {last} entries, there are {len(rows)}"
             unsigned = "Entries were removed after they were signed, or written by somebody without the key."
             breaks.append(Break(where=name, found=found, means=unsigned))
-        return breaks + self._check_checkpoint_file(notes.get(last), rows)
+        return breaks + self._check_checkpoint_file(notes.get(last), hashes, beside)
 
-    def _check_checkpoint_file(self, newest: object, rows: Sequence[_Row]) -> list[Break]:
-        """The file beside the database must hold the newest checkpoint."""
+    def _check_checkpoint_file(self, newest: object, hashes: Sequence[bytes], before: bytes) -> list[Break]:
+        """The file beside the database must hold the newest checkpoint.
+
+        Args:
+            newest: The newest note in the database.
+            hashes: Leaf hashes of all entries.
+            before: What the file held before the database was read: a running writer may have renewed it meanwhile.
+        """
         where = self.checkpoint_file.name
         if newest is None:
             if not self.checkpoint_file.exists():
@@ -561,9 +648,9 @@ class Ledger:
         except OSError as error:
             means = "Whoever keeps copies of it has no newest one to compare with. Any writing command restores it."
             return [Break(where=where, found=unreadable(error), means=means)]
-        if found == str(newest).encode("utf-8", "surrogateescape"):
+        if str(newest).encode("utf-8", "surrogateescape") in (found, before):
             return []
-        if (contradiction := self._contradicted(found, [_leaf_of(row) for row in rows])) is not None:
+        if (contradiction := self._contradicted(found, hashes)) is not None:
             means = "The ledger was cut back or rewritten after this checkpoint was signed, or is an older copy."
             return [Break(where=where, found=contradiction, means=means)]
         means = (
@@ -572,8 +659,26 @@ class Ledger:
         )
         return [Break(where=where, found="is not the newest checkpoint of the ledger", means=means)]
 
-    def _rows(self) -> Iterator[_Row]:
-        return (_Row(*row) for row in self._connection.execute(f"{_SELECT} ORDER BY seq"))
+    def _rows(self) -> list[tuple[Any, ...]]:
+        """All rows as they are found; SQLite's own decoding is fast, ours takes what is no text, too."""
+        try:
+            self._connection.text_factory = str
+            return self._connection.execute(f"{_SELECT} ORDER BY seq").fetchall()
+        except sqlite3.OperationalError:
+            self._connection.text_factory = _text
+            return self._connection.execute(f"{_SELECT} ORDER BY seq").fetchall()
+        finally:
+            self._connection.text_factory = _text
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """One state of the database for several statements, whatever another process commits meanwhile."""
+        self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            if self._connection.in_transaction:  # SQLite ends it itself after some errors
+                self._connection.execute("ROLLBACK")
 
     def _check_schema(self) -> list[Break]:
         """Tables and triggers must be exactly those that `create` makes."""

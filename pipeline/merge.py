@@ -16,6 +16,7 @@ import torch
 
 from pipeline.errors import Problem, StoreDamaged
 from pipeline.files import digest_file, explained_space, fsync_folder
+from pipeline.footer import entry_bytes
 from pipeline.records import FileRef, MergeReport
 from pipeline.safefile import TensorInfo, model_root, read_header
 from pipeline.sparse import Mask, Vector, apply_displacement
@@ -71,6 +72,25 @@ def mismatches(
                 )
             )
     return problems
+
+
+def differing_entries(first: Path, second: Path) -> dict[str, int]:
+    """Entries whose bits differ between two model folders with the same tensors, by tensor; only those with any."""
+    places = {t.name: (path, read_header(path).data_start, t) for path in second.glob("*.safetensors")
+              for t in read_header(path).tensors}  # fmt: skip
+    found = {}
+    for path in sorted(first.glob("*.safetensors")):
+        header = read_header(path)
+        for info in header.tensors:
+            other, start, twin = places[info.name]
+            width = entry_bytes(info.dtype)
+            pair = [
+                np.fromfile(p, f"V{width}", (info.end - info.start) // width, offset=offset)
+                for p, offset in ((path, header.data_start + info.start), (other, start + twin.start))
+            ]
+            if count := int(np.count_nonzero(pair[0] != pair[1])):
+                found[info.name] = count
+    return found
 
 
 def merge(

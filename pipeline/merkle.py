@@ -44,6 +44,12 @@ class Frontier:
         self.size = 0
         self._peaks: list[bytes] = []
 
+    def copy(self) -> Frontier:
+        """Another one over the same leaves."""
+        other = Frontier()
+        other.size, other._peaks = self.size, list(self._peaks)
+        return other
+
     def append(self, leaf_hash: bytes) -> None:
         """Add the hash of the next leaf."""
         carried = leaf_hash

@@ -23,8 +23,9 @@ from pipeline.report_svg import (
     RULE,
     Scale,
     fit,
-    marker,
+    markers,
     padded,
+    place,
     require_finite,
     rule,
     sentence,
@@ -156,6 +157,7 @@ def lines(
 
 
 _CELL_W, _CELL_H, _TOP = 56.0, 26.0, 26.0
+PAPER = "#ffffff"
 
 
 def persistence_matrix(
@@ -165,6 +167,7 @@ def persistence_matrix(
     limits: Sequence[float | None],
     excluded: Sequence[Sequence[bool]] | None = None,
     title: str = "Persistence matrix",
+    before: Sequence[bool] | None = None,
 ) -> str:
     """Show how far every version still reproduces every request, each value printed in its cell.
 
@@ -179,6 +182,8 @@ def persistence_matrix(
         limits: Never-seen level + tolerance per column; None where no level was measured.
         excluded: Whether the column's version is meant to exclude the row's request; all are where this is absent.
         title: What is shown.
+        before: Whether the version left of the first column, on another page, is meant to exclude the row's request;
+            None where there is no such version.
     """
     if not rows or not columns:
         return sentence(title, "No request has been measured on any version yet.")
@@ -196,17 +201,25 @@ def persistence_matrix(
         top = _TOP + i * _CELL_H
         label = fit(rows[i], 190)
         parts.append(text_at(left - 10, top + 17, label, anchor="end", hint=rows[i] if label != rows[i] else None))
+        cells, gaps = [], []
         for j, value in enumerate(row):
             meant = excluded is None or excluded[i][j]
             alarm = meant and _above(value, limits[j])
-            parts.append(_cell(left + j * _CELL_W, top, value, limits[j], alarm))
+            x = left + j * _CELL_W
+            if value is None:
+                gaps.append(f"M{place(x + _CELL_W / 2 - 3)},{place(top + 13)}h6")
+            else:
+                cells.append(_cell(x, top, value, limits[j], alarm))
             if alarm:
                 alarms.append(f"{rows[i]} on {columns[j]} ({value:.3f})")
-            if excluded is not None and meant and j and not excluded[i][j - 1]:
-                x = left + j * _CELL_W
+            known = before[i] if j == 0 and before is not None else j == 0 or excluded is None or excluded[i][j - 1]
+            if meant and not known:
                 fences.append(rule(x, top - 0.5, x, top + _CELL_H + 0.5, INK, width=3))
+        if gaps:
+            parts.append(f'<path class="gaps" d="{"".join(gaps)}" stroke="{MUTED}"/>')
+        parts.append(f'<g text-anchor="middle">{"".join(cells)}</g>')
     foot = _TOP + len(rows) * _CELL_H
-    parts += fences
+    parts += [_grid(left, len(rows), len(columns)), *fences]
     parts.append(text_at(left - 10, foot + 18, "limit", anchor="end", fill=MUTED))
     for j, limit in enumerate(limits):
         shown = "–" if limit is None else f"{limit:.3f}"
@@ -227,7 +240,7 @@ def fill_of(value: float | None, limit: float | None, alarm: bool) -> str:
     if alarm:
         return ALARM
     if value is None or limit is None or not _above(value, limit):
-        return "#ffffff"
+        return PAPER
     # 0x8c is the darkest grey on which the ink keeps a contrast of more than 4.5 : 1.
     excess = min(1.0, (value - limit) / max(1.0 - limit, ROUNDING))
     return "#" + f"{round(0xF2 - (0xF2 - 0x8C) * excess):02x}" * 3
@@ -253,7 +266,7 @@ def _strength_axis(alphas: Sequence[float], chosen: float) -> tuple[Callable[[fl
     lo, hi = warp(min([0.0, chosen, *alphas])), warp(top)
     scale = Scale(lo, hi if hi > lo else lo + 1.0, LEFT + 8, _RIGHT - 16)
 
-    def place(alpha: float) -> float:
+    def axis(alpha: float) -> float:
         return scale(warp(alpha))
 
     ticks = [0.0] if top == 0 else [0.0, top]
@@ -263,9 +276,9 @@ def _strength_axis(alphas: Sequence[float], chosen: float) -> tuple[Callable[[fl
         for digit in (1, 5, 2):
             for power in range(last, first - 1, -1):
                 value = float(f"{digit}e{power}")
-                if value < top and all(abs(place(value) - place(t)) >= 44 for t in ticks):
+                if value < top and all(abs(axis(value) - axis(t)) >= 44 for t in ticks):
                     ticks.append(value)
-    return place, sorted(ticks)
+    return axis, sorted(ticks)
 
 
 def _polyline(line: Series, x: Sequence[float], y: Scale, index: int, hint: Callable[[int, float], str]) -> str:
@@ -273,18 +286,18 @@ def _polyline(line: Series, x: Sequence[float], y: Scale, index: int, hint: Call
     parts = []
     previous: tuple[float, float] | None = None
     steps: list[str] = []
-    markers = []
+    points = []
     for i, value in enumerate(line.values):
         if value is None:
             previous = None
             continue
         here = (x[i], y(value))
-        steps.append(f"{'L' if previous else 'M'}{here[0]:.2f},{here[1]:.2f}")
-        markers.append(marker(*here, index, hint(i, value)))
+        steps.append(f"{'L' if previous else 'M'}{place(here[0])},{place(here[1])}")
+        points.append((*here, hint(i, value)))
         previous = here
     dash = f' stroke-dasharray="{DASHES[index % 4]}"' if DASHES[index % 4] else ""
     parts.append(f'<path d="{"".join(steps)}" fill="none" stroke="{COLOURS[index % 4]}" stroke-width="1.8"{dash}/>')
-    return f'<g class="series-{index}">{"".join(parts + markers)}</g>'
+    return f'<g class="series-{index}">{"".join(parts)}{markers(points, index)}</g>'
 
 
 def _legend(x: float, y: float, series: Sequence[Series]) -> str:
@@ -292,21 +305,27 @@ def _legend(x: float, y: float, series: Sequence[Series]) -> str:
     for index, line in enumerate(series):
         name = fit(line.name, 210)
         parts.append(rule(x, y - 4, x + 26, y - 4, COLOURS[index % 4], DASHES[index % 4], 1.8))
-        parts.append(marker(x + 13, y - 4, index))
+        parts.append(markers([(x + 13, y - 4, "")], index))
         parts.append(text_at(x + 32, y, name))
         x += 52 + text_width(name)
     return "".join(parts)
 
 
-def _cell(x: float, y: float, value: float | None, limit: float | None, alarm: bool) -> str:
-    """One cell with its value; an alarm carries a sign, so that it is seen in black and white."""
-    shown = "–" if value is None else f"▲{value:.3f}" if alarm else f"{value:.3f}"
-    ink = "#ffffff" if alarm else MUTED if value is None else INK
-    return (
-        f'<rect x="{x:.2f}" y="{y:.2f}" width="{_CELL_W:g}" height="{_CELL_H:g}" '
-        f'fill="{fill_of(value, limit, alarm)}" stroke="{RULE}"/>'
-        + text_at(x + _CELL_W / 2, y + 17, shown, anchor="middle", fill=ink, bold=alarm)
-    )
+def _cell(x: float, y: float, value: float, limit: float | None, alarm: bool) -> str:
+    """One cell with its value, centred by its group; an alarm carries a sign, so that it is seen in black and white."""
+    shown, ink = f"{'▲' if alarm else ''}{value:.3f}", "#ffffff" if alarm else INK
+    fill, under = fill_of(value, limit, alarm), ""
+    if fill != PAPER:
+        under = f'<rect x="{place(x)}" y="{place(y)}" width="{_CELL_W:g}" height="{_CELL_H:g}" fill="{fill}"/>'
+    return under + text_at(x + _CELL_W / 2, y + 17, shown, fill=ink, bold=alarm)
+
+
+def _grid(left: float, rows: int, columns: int) -> str:
+    """The lines between the cells."""
+    right, foot = left + columns * _CELL_W, _TOP + rows * _CELL_H
+    across = "".join(f"M{place(left)},{place(_TOP + i * _CELL_H)}H{place(right)}" for i in range(rows + 1))
+    down = "".join(f"M{place(left + j * _CELL_W)},{place(_TOP)}V{place(foot)}" for j in range(columns + 1))
+    return f'<path d="{across}{down}" fill="none" stroke="{RULE}"/>'
 
 
 def _above(value: float | None, limit: float | None) -> bool:

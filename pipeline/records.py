@@ -155,6 +155,25 @@ class ScreenReport(Record):
         return tuple(span for request in self.requests for span in request.memorised)
 
 
+# --- leave out --------------------------------------------------------------------------------------------
+
+
+class LeftOut(Record):
+    """What a reinstatement starts from: the parent without the vectors of some steps (`pipeline.reinstate`).
+
+    Attributes:
+        versions: The steps, by the versions that they made.
+        root: Tensor root of the result.
+        changed: Entries whose bits differ from the parent.
+        exact: Of those, entries that no later step had moved: they have the very bits from before their step.
+    """
+
+    versions: tuple[int, ...]
+    root: str
+    changed: int
+    exact: int
+
+
 # --- saliency, unlearn, calibrate, merge -------------------------------------------------------------------
 
 
@@ -277,11 +296,12 @@ class Comparison(Record):
     Attributes:
         name: Request id, or file name of a reference text.
         role: ``this``: unlearned in this step; ``repeat``/``folded``/``not-memorised``: in this batch but not
-            trained on; ``earlier``: taken down in an earlier version; ``kept``: a work to be kept; ``held-out``.
+            trained on; ``earlier``: taken down in an earlier version; ``reinstated``: put back in this one; ``kept``:
+            a work to be kept; ``held-out``.
     """
 
     name: str
-    role: Literal["this", "repeat", "folded", "not-memorised", "earlier", "kept", "held-out"]
+    role: Literal["this", "repeat", "folded", "not-memorised", "earlier", "reinstated", "kept", "held-out"]
     before: TextScore
     after: TextScore
 

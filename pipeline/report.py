@@ -96,11 +96,11 @@ def _matrices(view: LineageView) -> list[str]:
     if not rows or not versions:
         return [persistence_matrix([], [], [], [])]
     blocks = [
-        (rows[top : top + ROWS], versions[left : left + COLUMNS])
+        (rows[top : top + ROWS], versions[left : left + COLUMNS], versions[left - 1] if left else None)
         for top in range(0, len(rows), ROWS)
         for left in range(0, len(versions), COLUMNS)
     ]
-    measured = [(r, c) for r, c in blocks if any((name, v) in values for name in r for v in c)]
+    measured = [block for block in blocks if any((name, v) in values for name in block[0] for v in block[1])]
     return [
         persistence_matrix(
             names,
@@ -111,8 +111,9 @@ def _matrices(view: LineageView) -> list[str]:
             title="Persistence matrix"
             if len(measured) == 1
             else f"Persistence matrix, {names[0]} to {names[-1]}, v{columns[0]} to v{columns[-1]}",
+            before=None if left is None else [name in excluded[left] for name in names],
         )
-        for names, columns in measured
+        for names, columns, left in measured
     ]
 
 

@@ -16,7 +16,7 @@ from pipeline.report_views import LineageView, RequestView, StepView, VersionVie
 from pipeline.report_words import STATES, change, counted, listed, perplexity, when
 from pipeline.states import TAKEN_OUT, TO_DO
 
-REQUEST_ROLES = ("this", "repeat", "folded", "not-memorised", "earlier")
+REQUEST_ROLES = ("this", "repeat", "folded", "not-memorised", "earlier", "reinstated")
 """Roles of comparisons that name a request; the others name reference texts."""
 
 RELEASED = ("reinstated", "withdrawn")
@@ -64,17 +64,19 @@ def excluded_requests(view: LineageView) -> dict[int, frozenset[str]]:
     """For each version, the requests that it is meant to exclude: those of all versions it was made from.
 
     A version that was rolled back is no ancestor of what was made later, so its requests do not count there; nor does
-    a request count on what was published after it was reinstated or withdrawn.
+    a request count on a version that puts its text back, on those made from it, or on what was published after it was
+    withdrawn.
     """
     first = {v.version: set(v.requests) for v in view.versions}
     for request in view.requests:
         if request.version in first and request.state in TAKEN_OUT:
             first[request.version].add(request.request_id)
     released = {r.request_id: r.decided_at for r in view.requests if r.state in RELEASED and r.decided_at is not None}
-    excluded = {}
+    excluded, puts_back = {}, {v.version: v.puts_back for v in view.versions}
     for v in view.versions:
         meant = frozenset[str]().union(*(first.get(a, set()) for a in ancestry(view, v.version)))
         excluded[v.version] = meant - {name for name, at in released.items() if at <= v.created_at}
+        excluded[v.version] -= {name for a in ancestry(view, v.version) for name in puts_back.get(a, ())}
     return excluded
 
 

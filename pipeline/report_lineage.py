@@ -137,6 +137,8 @@ def _node(node: VersionView, x: float, y: float, left: float) -> list[str]:
 
 
 def _label(node: VersionView) -> str:
+    if node.puts_back:
+        return f"puts back {listed(node.puts_back, 20)}"
     return "untouched model" if node.parent is None else listed(node.requests, 20)
 
 

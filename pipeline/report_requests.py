@@ -18,7 +18,7 @@ from pipeline.report_views import EventView, PlannedView, RequestView, StepView
 from pipeline.report_words import event_note, listed
 from pipeline.settings import GateSettings
 from pipeline.states import TAKEN_OUT, RequestState
-from pipeline.vault import Vault
+from pipeline.vault import Vault, received_data
 from pipeline.workspace import Workspace
 
 Scores = tuple[TextScore, TextScore, float | None]
@@ -42,19 +42,23 @@ def request_views(
     steps: Sequence[StepView],
     entries: Sequence[LedgerEntry],
 ) -> tuple[RequestView, ...]:
-    """Requests for people: titles come from the vault, and are missing where it has none or may not be read."""
+    """Requests for people: titles come from the vault.
+
+    They are missing where it has none, others than the ledger committed to, or may not be read.
+    """
     vault, planned, measured = Vault(workspace.vault), planned_views(entries), _measured(steps, entries)
     events: dict[str, list[EventView]] = {}
     for entry in entries:
         if entry.event.request_id is not None:
             events.setdefault(entry.event.request_id, []).append(event_view(entry))
+    received = received_data(entries)
     views = []
     for name, state in states.items():
         try:
-            request = vault.get(name)
+            request = vault.confirmed(name, received[name])
             title, holder = request.title, request.rights_holder
         except (StoreDamaged, OSError):
-            title, holder = "(not in the vault, or not readable)", ""
+            title, holder = "(not in the vault, not readable, or not what the ledger committed to)", ""
         before, after, limit = measured.get(name, (None, None, None))
         views.append(
             RequestView(

@@ -73,10 +73,10 @@ def nice_ticks(lo: float, hi: float, most: int) -> list[str]:
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
 COLOURS = ("#12467b", "#8a4b08", "#2f5d3a", "#5b2a6e")
 MARKERS = (
-    "M-3.5,0a3.5,3.5 0 1,0 7,0a3.5,3.5 0 1,0 -7,0z",
-    "M-3.2,-3.2h6.4v6.4h-6.4z",
-    "M0,-4.2L4,3.2H-4z",
-    "M0,-4.4L4.4,0L0,4.4L-4.4,0z",
+    "m-3.5,0a3.5,3.5 0 1,0 7,0a3.5,3.5 0 1,0 -7,0z",
+    "m-3.2,-3.2h6.4v6.4h-6.4z",
+    "m0,-4.2l4,7.4h-8z",
+    "m0,-4.4l4.4,4.4l-4.4,4.4l-4.4,-4.4z",
 )
 
 
@@ -107,6 +107,11 @@ def svg(width: float, height: float, title: str, description: str, parts: Iterab
     )
 
 
+def place(value: float) -> str:
+    """A coordinate in as few characters as show it to a hundredth of a pixel."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
 def text_at(
     x: float,
     y: float,
@@ -121,26 +126,29 @@ def text_at(
     weight = ' font-weight="600"' if bold else ""
     under = ' paint-order="stroke" stroke="#ffffff" stroke-width="4" stroke-linejoin="round"' if halo else ""
     title = f"<title>{_escape(hint)}</title>" if hint is not None else ""
-    style = f'text-anchor="{anchor}" fill="{fill}"{weight}{under}'
-    return f'<text x="{x:.2f}" y="{y:.2f}" {style}>{title}{_escape(text)}</text>'
+    # What is said once for the whole figure is not said again: a long report has many thousand of these.
+    placed = "" if anchor == "start" else f' text-anchor="{anchor}"'
+    colour = "" if fill == INK else f' fill="{fill}"'
+    return f'<text x="{place(x)}" y="{place(y)}"{placed}{colour}{weight}{under}>{title}{_escape(text)}</text>'
 
 
 def rule(x1: float, y1: float, x2: float, y2: float, colour: str, dash: str = "", width: float = 1.3) -> str:
     """A straight line."""
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
     return (
-        f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" stroke="{colour}" '
+        f'<line x1="{place(x1)}" y1="{place(y1)}" x2="{place(x2)}" y2="{place(y2)}" stroke="{colour}" '
         f'stroke-width="{width:g}"{dashed}/>'
     )
 
 
-def marker(x: float, y: float, index: int, hint: str | None = None) -> str:
-    """A point of the series with this number."""
-    title = f"<title>{_escape(hint)}</title>" if hint is not None else ""
-    return (
-        f'<path transform="translate({x:.2f},{y:.2f})" d="{MARKERS[index % 4]}" fill="{COLOURS[index % 4]}" '
-        f'stroke="#ffffff" stroke-width="1">{title}</path>'
+def markers(points: Iterable[tuple[float, float, str]], index: int) -> str:
+    """Points of the series with this number: place and what is shown when pointed at, nothing for an empty text."""
+    drawn = (
+        f'<path d="M{place(x)},{place(y)}{MARKERS[index % 4]}">'
+        f"{f'<title>{_escape(hint)}</title>' if hint else ''}</path>"
+        for x, y, hint in points
     )
+    return f'<g fill="{COLOURS[index % 4]}" stroke="#ffffff">{"".join(drawn)}</g>'
 
 
 def y_axis(y: Scale, left: float, right: float) -> str:

@@ -44,6 +44,7 @@ class VersionView(Record):
         published_by: Actor of the entry that published it.
         run_id: Run that made it; None for v0.
         requests: Requests that it is the first to exclude.
+        puts_back: Requests whose text it puts back.
         selected: Entries inside the mask; None for v0.
         changed: Entries whose bits differ from the parent; None for v0.
         total: Entries that the mask could choose from; None for v0.
@@ -58,6 +59,7 @@ class VersionView(Record):
     published_by: str
     run_id: str | None
     requests: tuple[str, ...]
+    puts_back: tuple[str, ...] = ()
     selected: int | None
     changed: int | None
     total: int | None
@@ -172,6 +174,7 @@ class StepView(Record):
         at: When it was decided.
         version: Version that it published; None when it published none.
         parent: Version it started from.
+        left_out: Versions whose steps it left out, to put texts back.
         dedupe: Outcome of deduplication.
         screen: Outcome of screening.
         mask: The saliency mask; None where nothing was trained.
@@ -186,6 +189,7 @@ class StepView(Record):
     at: AwareDatetime
     version: int | None
     parent: int
+    left_out: tuple[int, ...] = ()
     dedupe: DedupeReport
     screen: ScreenReport
     mask: MaskReport | None

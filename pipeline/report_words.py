@@ -23,7 +23,7 @@ STATES = {
     "verified": "taken out and measured",
     "regressed": "came back, still to be done",
     "countered": "countered by a counter-notice",
-    "reinstated": "reinstated after a counter-notice",
+    "reinstated": "reinstated: its text was put back",
     "withdrawn": "withdrawn by the sender",
 }
 """States in words; a state that is not here is shown as it is."""
@@ -41,7 +41,7 @@ EVENTS = {
     "regressed": "came back",
     "countered": "counter-notice received",
     "withdrawn": "withdrawn",
-    "reinstated": "reinstated",
+    "reinstated": "text put back",
     "hold": "put on legal hold",
     "released": "released from legal hold",
     "rolled-back": "rolled back",
@@ -87,7 +87,12 @@ def event_note(event: Event) -> str:
     if event.kind == "repacked":
         before, after = _number(data, "bytes_before"), _number(data, "bytes_after")
         return "" if before is None or after is None else f"{size(int(before))} → {size(int(after))}"
-    return _joined(_phrase("cause: {}", _word(data, "cause")), _phrase("reason: {}", _word(data, "reason")))
+    left_out = [f"v{number}" for number in _items(data, "left_out")]
+    return _joined(
+        _phrase("leaving out what {} changed", listed(left_out) if left_out else None),
+        _phrase("cause: {}", _word(data, "cause")),
+        _phrase("reason: {}", _word(data, "reason")),
+    )
 
 
 def _part(data: Mapping[str, object], key: str) -> Mapping[str, object]:

@@ -23,7 +23,7 @@ def note(workspace: Workspace, kind: Kind, request_id: str, actor: str, reason: 
     Args:
         workspace: Where.
         kind: ``hold``: nothing is done about it or destroyed; ``released``: that ends; ``withdrawn``: the sender takes
-            it back; ``countered``: somebody contests it.
+            it back; ``countered``: somebody contests it. Putting a text back is `pipeline.reinstate`.
         request_id: The request.
         actor: Who puts it on record.
         reason: Why, in words that may stay for ever: no names, no text.

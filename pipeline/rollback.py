@@ -1,7 +1,8 @@
 """Move the current version back: an event, never a deletion.
 
-In: a workspace and a version. Out: a ledger entry, and one for each request whose text comes back with it. Never: text
-brought back without an override on record, or a version made current that the store cannot give back.
+In: a workspace and a version. Out: a ledger entry, and one for each request whose text comes back or goes out with it.
+Never: text brought back, or reinstated text taken out again, without an override on record, or a version made current
+that the store cannot give back.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from pipeline.errors import Refused, UsageError
 from pipeline.ledger import Ledger
 from pipeline.records import Event, LedgerEntry, Record
 from pipeline.states import (
+    NEXT,
     ancestry,
     brought_back,
     current_version,
     published_versions,
     purged_versions,
+    put_back,
     request_states,
+    taken_again,
 )
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
@@ -32,12 +36,16 @@ class Rollback(Record):
         brought_back: Requests whose text the new current version does not exclude any more; the next run works on
             them again.
         out_again: Requests that had come back by an earlier rollback and that this version excludes.
+        taken_again: Reinstated requests whose text this version excludes still; reinstating makes a new version.
+        put_back: Requests that this version reinstates, after a rollback to one that excluded them.
     """
 
     left: int
     version: int
     brought_back: tuple[str, ...]
     out_again: tuple[str, ...]
+    taken_again: tuple[str, ...]
+    put_back: tuple[str, ...]
 
 
 def roll_back(workspace: Workspace, version: int, actor: str, reason: str, override: bool = False) -> Rollback:
@@ -48,11 +56,11 @@ def roll_back(workspace: Workspace, version: int, actor: str, reason: str, overr
         version: The version to be in force.
         actor: Who does it.
         reason: Why, in words that may stay for ever: no names, no text of a request.
-        override: Do it though removed text comes back.
+        override: Do it though removed text comes back, or reinstated text goes out again.
 
     Raises:
         UsageError: No such version, no reason, already current, or purged.
-        Refused: Removed text would come back, and there is no override.
+        Refused: Removed text would come back or reinstated text go out, and there is no override.
         StoreDamaged: The store cannot make this version again.
         WorkspaceBusy: Another process is writing.
     """
@@ -68,14 +76,20 @@ def roll_back(workspace: Workspace, version: int, actor: str, reason: str, overr
             raise UsageError(f"v{version}: is the current version already. Nothing was changed.")
         if version in purged_versions(entries):
             raise UsageError(f"v{version}: its weights were purged. Choose a version that is still there.")
-        back = brought_back(entries, version)
+        back, out = brought_back(entries, version), taken_again(entries, version)
         if back and not override:
             raise Refused(
                 f"v{version}: still holds what was taken out for {', '.join(back)}. Nothing was changed; to bring it "
                 "back nevertheless, on record, add --override."
             )
+        if out and not override:
+            raise Refused(
+                f"v{version}: does not hold what was put back for {', '.join(out)}. Nothing was changed; to take it "
+                "out again nevertheless, on record, add --override."
+            )
         store.check_restores(store.manifest(version))
-        again = _out_again(entries, version)
+        again, states = _out_again(entries, version), request_states(entries)
+        returns = {n: v for n, v in put_back(entries, version).items() if states[n].state in NEXT["reinstated"]}
         data: dict[str, object] = {"left": left, "reason": reason, "override": override, "brought_back": list(back)}
         ledger.append(
             Event(kind="rolled-back", actor=actor, version=version, data=data),
@@ -95,20 +109,35 @@ def roll_back(workspace: Workspace, version: int, actor: str, reason: str, overr
                 )
                 for event in again
             ),
+            *(
+                # What led to the reinstatement stands again: it can be reinstated once more, in a new version.
+                Event(kind=kind, actor=actor, request_id=name, data={"cause": "rollback"})
+                for name, kind in out.items()
+            ),
+            *(
+                Event(kind="reinstated", actor=actor, request_id=name, version=v, data={"cause": "rollback"})
+                for name, v in returns.items()
+            ),
         )
     return Rollback(
-        left=left, version=version, brought_back=back, out_again=tuple(str(event.request_id) for event in again)
+        left=left,
+        version=version,
+        brought_back=back,
+        out_again=tuple(str(event.request_id) for event in again),
+        taken_again=tuple(out),
+        put_back=tuple(returns),
     )
 
 
 def _out_again(entries: Sequence[LedgerEntry], version: int) -> list[Event]:
     """The measurements of requests that came back by an earlier rollback and that this version excludes after all."""
     path = ancestry(published_versions(entries), version)
-    states = request_states(entries)
+    states, back = request_states(entries), put_back(entries, version)
     came_back = {
         e.event.request_id: states[e.event.request_id].version
         for e in entries
         if e.event.request_id in states
+        and e.event.request_id not in back
         and e.event.kind == "regressed"
         and e.at == states[e.event.request_id].decided_at
         and e.event.data.get("cause") == "rollback"

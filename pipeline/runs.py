@@ -37,7 +37,10 @@ class Plan(Record):
         parent: Version to start from.
         parent_root: Its tensor root.
         since: Ledger entry that put the parent in force: after a rollback the same work is another run.
-        requests: Request ids, sorted.
+        requests: Request ids, sorted: those that wait; in a reinstatement all that stay out, because any of them may
+            come back with the text that is put back.
+        reinstates: Requests whose text is put back, sorted.
+        left_out: Versions whose steps are left out for that, newest first.
         commitments: Keyed digest of each request's text, in that order.
         references: Keyed digest of the retain, kept and held-out texts: other ones can turn a refusal.
         settings: Resolved settings.
@@ -48,6 +51,8 @@ class Plan(Record):
     parent_root: str
     since: int
     requests: tuple[str, ...]
+    reinstates: tuple[str, ...] = ()
+    left_out: tuple[int, ...] = ()
     commitments: tuple[str, ...]
     references: str
     settings: Settings
@@ -139,26 +144,42 @@ def plan_run(workspace: Workspace, requests: Sequence[str] | None = None, actor:
             raise UsageError(f"Not waiting: {', '.join(unknown)}. `takedown status` lists what waits.")
         if not chosen:
             return None
-        parent, since = in_force(entries)
-        plan = Plan(
-            parent=parent,
-            parent_root=VersionStore(workspace.versions, published_versions(entries)).manifest(parent).root,
-            since=since,
-            requests=tuple(chosen),
-            commitments=tuple(waiting[i].commitment for i in chosen),
-            references=references_digest(workspace),
-            settings=workspace.settings(),
-            code=pipeline.__version__,
-        )
-        folder = workspace.runs / plan.run_id
-        workspace.runs.mkdir(exist_ok=True)  # an empty folder does not survive every copy of a workspace
-        for other in workspace.runs.iterdir():
-            if other != folder:  # decided, its records are evidence in the store; or abandoned for other settings
-                shutil.rmtree(other)
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "plan.json", plan.model_dump(mode="json"))
-        if not any(e.event.kind == "planned" and e.event.run_id == plan.run_id for e in entries):
-            ledger.append(_planned(plan, actor))
+        return begin(workspace, ledger, actor, chosen)
+
+
+def begin(
+    workspace: Workspace,
+    ledger: Ledger,
+    actor: str,
+    requests: Sequence[str],
+    reinstates: Sequence[str] = (),
+    left_out: Sequence[int] = (),
+) -> Plan:
+    """Make the folder of a run and put its plan on record; the same work that was begun before goes on."""
+    entries = ledger.entries()
+    states = request_states(entries)
+    parent, since = in_force(entries)
+    plan = Plan(
+        parent=parent,
+        parent_root=VersionStore(workspace.versions, published_versions(entries)).manifest(parent).root,
+        since=since,
+        requests=tuple(requests),
+        reinstates=tuple(reinstates),
+        left_out=tuple(left_out),
+        commitments=tuple(str(states[i].commitment) for i in requests),
+        references=references_digest(workspace),
+        settings=workspace.settings(),
+        code=pipeline.__version__,
+    )
+    folder = workspace.runs / plan.run_id
+    workspace.runs.mkdir(exist_ok=True)  # an empty folder does not survive every copy of a workspace
+    for other in workspace.runs.iterdir():
+        if other != folder:  # decided, its records are evidence in the store; or abandoned for other settings
+            shutil.rmtree(other)
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "plan.json", plan.model_dump(mode="json"))
+    if not any(e.event.kind == "planned" and e.event.run_id == plan.run_id for e in entries):
+        ledger.append(_planned(plan, actor))
     return plan
 
 
@@ -175,7 +196,8 @@ def _planned(plan: Plan, actor: str) -> Event:
             "settings": digest_json(plan.settings.model_dump(mode="json")),
             "limits": plan.settings.gate.model_dump(mode="json"),
             "code": plan.code,
-        },
+        }
+        | ({"left_out": list(plan.left_out)} if plan.left_out else {}),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -17,11 +18,16 @@ from pipeline.context import (
     earlier_spans,
     flatten,
     forget_spans,
+    model_folder,
     parent_model,
     passages_at,
     read_texts,
     reference,
     reference_passages,
+    reinstated_spans,
+    scores_before,
+    start_folder,
+    start_model,
     trained_spans,
 )
 from pipeline.dedupe import dedupe, exclude_retain
@@ -30,7 +36,7 @@ from pipeline.evaluate import score_texts
 from pipeline.gate import decide
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
-from pipeline.merge import merge
+from pipeline.merge import differing_entries, merge
 from pipeline.metrics import exact_memorisation, score_passages
 from pipeline.models import (
     file_names,
@@ -44,6 +50,7 @@ from pipeline.records import (
     Comparison,
     DedupeReport,
     Evaluation,
+    LeftOut,
     MaskReport,
     MergeReport,
     ScreenedRequest,
@@ -52,13 +59,15 @@ from pipeline.records import (
     TextScore,
     Verdict,
 )
-from pipeline.runs import open_run
+from pipeline.runs import Run, open_run
 from pipeline.safefile import read_header
 from pipeline.saliency import WeightedPassages, accumulate_gradients, select
-from pipeline.sparse import load_mask, load_vector, save_mask
-from pipeline.states import excluded
+from pipeline.sparse import Mask, Vector, load_mask, load_vector, save_mask
+from pipeline.states import excluded, published_versions
+from pipeline.undo import leave_out
 from pipeline.unlearn import fit_full, mismatched, repair
 from pipeline.vault import Vault
+from pipeline.versions import VersionStore
 
 CERTAIN = 0.9
 """A passage predicted better than this is memorised, however widely never-seen passages scatter."""
@@ -76,8 +85,9 @@ def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
                 raise StoreDamaged(f"{request.request_id}: its text in the vault is not the one that was received.")
         with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
             states = excluded(ledger.entries(), run.plan.parent)
-        done = [name for name, state in states.items() if state.decision != "repeat"]
-        with DedupeIndex.open(run.workspace.index) as index:
+        # In a reinstatement everything that stays out is worked on, and nothing but that is compared.
+        done = [] if run.plan.reinstates else [name for name, state in states.items() if state.decision != "repeat"]
+        with DedupeIndex.open(run.folder / "index" if run.plan.reinstates else run.workspace.index) as index:
             # The index is derived: what a killed run published but did not index is added here, and what the parent
             # does not exclude any more, after a rollback or a withdrawal, is removed.
             for name in set(index.ids()).difference(done):
@@ -93,14 +103,27 @@ def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
     return run.stage("dedupe", DedupeReport, (), compute)
 
 
+def leave_out_stage(workspace_root: str, run_id: str) -> LeftOut:
+    """Write what a reinstatement starts from: the parent without the vectors of the steps that are left out."""
+    run = open_run(workspace_root, run_id)
+
+    def compute() -> LeftOut:
+        with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
+            store = VersionStore(run.workspace.versions, published_versions(ledger.entries()))
+        parent = model_folder(run, run.plan.parent)
+        return leave_out(store, run.plan.parent, run.plan.left_out, parent, run.folder / "start")
+
+    return run.stage("leave-out", LeftOut, (), compute)
+
+
 def screen(workspace_root: str, run_id: str) -> ScreenReport:
-    """Find the passages that the parent really reproduces; only those are unlearned."""
+    """Find the passages that the model reproduces where the step starts; only those are unlearned."""
     run = open_run(workspace_root, run_id)
     level = reference(workspace_root, run_id).level
     deduped = run.finished("dedupe", DedupeReport)
 
     def compute() -> ScreenReport:
-        model, tokenizer, _ = parent_model(run)
+        model, tokenizer = start_model(run)
         vault = Vault(run.workspace.vault)
         above = min(level.mean + run.settings.screen.sigma * level.std, CERTAIN)
         texts = {
@@ -127,18 +150,23 @@ def screen(workspace_root: str, run_id: str) -> ScreenReport:
     return run.stage("screen", ScreenReport, (deduped,), compute)
 
 
-def needs_step(workspace_root: str, run_id: str) -> bool:
-    """Whether any passage is memorised; if not, the requests are answered without a new version."""
+def needs_training(workspace_root: str, run_id: str) -> bool:
+    """Whether any passage is memorised."""
     return bool(forget_spans(open_run(workspace_root, run_id)))
 
 
+def needs_version(workspace_root: str, run_id: str) -> bool:
+    """Whether the weights change; if not, the requests are answered without a new version."""
+    return needs_training(workspace_root, run_id) or bool(open_run(workspace_root, run_id).plan.left_out)
+
+
 def saliency(workspace_root: str, run_id: str) -> MaskReport:
-    """Select the weights that may change: |∇ L_SSU| over the whole forget set at the parent, one pass."""
+    """Select the weights that may change: |∇ L_SSU| over the whole forget set where the step starts, one pass."""
     run = open_run(workspace_root, run_id)
     screened = run.finished("screen", ScreenReport)
 
     def compute() -> MaskReport:
-        model, tokenizer, _ = parent_model(run)
+        model, tokenizer = start_model(run)
         unlearn = run.settings.unlearn
         forget = flatten(passages_at(tokenizer, Vault(run.workspace.vault), trained_spans(run)))
         terms = [WeightedPassages(forget, 1.0)]
@@ -211,41 +239,58 @@ def repair_stage(workspace_root: str, run_id: str) -> Step:
 
 
 def merge_stage(workspace_root: str, run_id: str) -> MergeReport:
-    """Write the candidate: the parent's files with θ_p - α·τ inside the mask."""
+    """Write the candidate: the files of the start with θ - α·τ inside the mask; the start itself without training."""
     run = open_run(workspace_root, run_id)
+    start = start_folder(run)
+    if not forget_spans(run):
+        left = run.finished("leave-out", LeftOut)
+        return run.stage("merge", MergeReport, (left,), lambda: _merged(run, {}, {}, 0.0, {}))
     step, masked = run.finished("repair", Step), run.finished("saliency", MaskReport)
 
     def compute() -> MergeReport:
-        model, _, parent = parent_model(run)
+        model, _ = start_model(run)
         mask = load_mask(run.folder, masked.mask)
-        stored = {t.name: t for path in parent.glob("*.safetensors") for t in read_header(path).tensors}
-        count = Counter("merge", len(mask))
-        return merge(
-            parent, run.folder / "candidate", mask, load_vector(run.folder, step.vector.vector),
-            step.calibration.alpha, file_names(mask, stored, str(getattr(model, "base_model_prefix", ""))),
-            lambda name: count.add(),
-        )  # fmt: skip
+        stored = {t.name: t for path in start.glob("*.safetensors") for t in read_header(path).tensors}
+        names = file_names(mask, stored, str(getattr(model, "base_model_prefix", "")))
+        return _merged(run, mask, load_vector(run.folder, step.vector.vector), step.calibration.alpha, names)
 
     return run.stage("merge", MergeReport, (step, masked), compute)
 
 
+def _merged(run: Run, mask: Mask, vector: Vector, alpha: float, names: Mapping[str, str]) -> MergeReport:
+    """Merge, and count what differs from the parent; in a reinstatement that is more than what merging changed."""
+    count = Counter("merge", len(mask))
+    report = merge(start_folder(run), run.folder / "candidate", mask, vector, alpha, names, lambda name: count.add())
+    if not run.plan.left_out:
+        return report
+    changed = differing_entries(model_folder(run, run.plan.parent), run.folder / "candidate")
+    return report.model_copy(update={"changed": sum(changed.values()), "changed_tensors": tuple(sorted(changed))})
+
+
 def evaluate(workspace_root: str, run_id: str) -> Evaluation:
-    """Measure parent and candidate on this step, every earlier request, kept works and held-out text."""
+    """Measure parent and candidate on this step, every earlier request, kept works and held-out text.
+
+    In a reinstatement every request that stays out is an earlier one, worked on again or not.
+    """
     run = open_run(workspace_root, run_id)
     merged = run.finished("merge", MergeReport)
 
     def compute() -> Evaluation:
         settings, workspace = run.settings, run.workspace
-        parent, tokenizer, _ = parent_model(run)
+        parent, tokenizer = parent_model(run)
         vault, found = Vault(workspace.vault), reference(workspace_root, run_id)
         deduped = run.finished("dedupe", DedupeReport)
         verdicts = {d.request_id: d.verdict for d in deduped.decisions}
-        forget = passages_at(tokenizer, vault, forget_spans(run))
-        rest = {
-            name: passages_of(encode(tokenizer, name, vault.get(name).text), settings.passages)
-            for name in run.plan.requests
-            if name not in forget
-        }
+        forget = passages_at(tokenizer, vault, {} if run.plan.reinstates else forget_spans(run))
+        rest = (
+            {}
+            if run.plan.reinstates
+            else {
+                name: passages_of(encode(tokenizer, name, vault.get(name).text), settings.passages)
+                for name in run.plan.requests
+                if name not in forget
+            }
+        )
         excluded = {e.document for e in deduped.retain_excluded}
         kept = reference_passages(tokenizer, read_texts(workspace, "kept"), "kept", settings)
         kept = {name: passages for name, passages in kept.items() if name not in excluded}
@@ -253,8 +298,9 @@ def evaluate(workspace_root: str, run_id: str) -> Evaluation:
         roles = {name: {"folded": "folded", "repeat": "repeat"}.get(verdicts[name], "this") for name in forget}
         roles |= dict.fromkeys(rest, "not-memorised")
         earlier = passages_at(tokenizer, vault, earlier_spans(run))
-        roles |= dict.fromkeys(earlier, "earlier") | dict.fromkeys(kept, "kept")
-        recited = {**forget, **rest, **earlier, **kept}
+        back = passages_at(tokenizer, vault, reinstated_spans(run))
+        roles |= dict.fromkeys(earlier, "earlier") | dict.fromkeys(back, "reinstated") | dict.fromkeys(kept, "kept")
+        recited = {**forget, **rest, **earlier, **back, **kept}
         count = Counter("evaluate", 2 * (len(flatten(recited)) + len(flatten(held))))
         tokens, passages = settings.runtime.batch_tokens, settings.evaluate.generate_passages
 
@@ -281,5 +327,5 @@ def gate(workspace_root: str, run_id: str) -> Verdict:
     """Decide."""
     run = open_run(workspace_root, run_id)
     evaluation = run.finished("evaluate", Evaluation)
-    original = reference(workspace_root, run_id).scores
+    original = {**reference(workspace_root, run_id).scores, **scores_before(run)}
     return run.stage("gate", Verdict, (evaluation,), lambda: decide(evaluation, original, run.settings.gate))

@@ -25,15 +25,21 @@ TO_DO = ("waiting", "refused", "regressed")
 """States that the next run works on."""
 TAKEN_OUT = ("applied", "verified", "folded", "repeat", "countered")
 """States in which a version excludes the text. A countered one stays out until it is reinstated."""
+RELEASED = ("countered", "withdrawn")
+"""States from which a text can be put back."""
 
 NEXT: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(DECISIONS, TO_DO),
     "verified": ("applied", "folded", "regressed"),
     "regressed": ("applied", "verified", "folded", "repeat", "countered"),
-    "countered": (*TO_DO, "applied", "verified", "folded", "repeat"),
-    "withdrawn": (*TO_DO, "applied", "verified", "folded", "repeat", "not-memorised", "empty", "countered"),
-    "reinstated": ("countered", "withdrawn"),
-}
+    # After a reinstatement: a rollback to a version that leaves the text out still.
+    "countered": (*TO_DO, "applied", "verified", "folded", "repeat", "reinstated"),
+    "withdrawn": (
+        *TO_DO, "applied", "verified", "folded", "repeat", "not-memorised", "empty", "countered", "reinstated",
+    ),
+    # After `regressed`: a rollback to the version that put the text back on purpose.
+    "reinstated": (*RELEASED, "regressed"),
+}  # fmt: skip
 """Event → states that it may follow. Its name is the state that it leads to."""
 
 HOLDS = {"hold": True, "released": False}
@@ -57,6 +63,7 @@ class RequestState(Record):
         received_at: When, as the batch says.
         decided_at: When the state was reached; None while waiting.
         version: Version named by the decision: for ``applied`` the first one that excludes the text.
+        reinstated_in: Version in which the text was put back; None where it was not, or was never taken out.
         run_id: Run that decided.
         commitment: Binds the entry to the text in the vault without showing it.
     """
@@ -69,6 +76,7 @@ class RequestState(Record):
     received_at: datetime
     decided_at: datetime | None = None
     version: int | None = None
+    reinstated_in: int | None = None
     run_id: str | None = None
     commitment: str | None = None
 
@@ -137,6 +145,8 @@ def _moved(known: RequestState | None, entry: LedgerEntry) -> RequestState | str
         changes |= {"decision": event.kind, "version": event.version, "run_id": event.run_id}
     elif event.kind == "countered" and known.state in TO_DO:
         changes["version"] = None  # what was not taken out, or came back, is excluded by no version
+    elif event.kind == "reinstated":
+        changes["reinstated_in"] = event.version
     return known.model_copy(update=changes)
 
 
@@ -204,12 +214,46 @@ def ancestry(published: Mapping[int, LedgerEntry], version: int) -> tuple[int, .
 def excluded(entries: Sequence[LedgerEntry], version: int) -> dict[str, RequestState]:
     """Requests that a version is meant to exclude: taken out in it or in one that it was made from."""
     path = set(ancestry(published_versions(entries), version))
-    return {n: s for n, s in request_states(entries).items() if s.state in TAKEN_OUT and s.version in path}
+    back = put_back(entries, version)
+    return {
+        n: s for n, s in request_states(entries).items() if s.state in TAKEN_OUT and s.version in path and n not in back
+    }  # fmt: skip
+
+
+def put_back(entries: Sequence[LedgerEntry], version: int) -> dict[str, int]:
+    """Requests whose text a version, or one that it was made from, put back on purpose, with that version."""
+    path = set(ancestry(published_versions(entries), version))
+    return {
+        str(e.event.request_id): e.event.version
+        for e in entries
+        if e.event.kind == "reinstated" and e.event.version is not None and e.event.version in path
+    }
 
 
 def brought_back(entries: Sequence[LedgerEntry], target: int) -> tuple[str, ...]:
-    """Requests that the current version excludes and the target does not: what a rollback would bring back."""
-    return tuple(sorted(excluded(entries, current_version(entries)).keys() - excluded(entries, target).keys()))
+    """Requests that the current version excludes and the target does not: what a rollback would bring back.
+
+    Not those that the target put back on purpose.
+    """
+    stays = excluded(entries, target).keys() | put_back(entries, target).keys()
+    return tuple(sorted(excluded(entries, current_version(entries)).keys() - stays))
+
+
+def taken_again(entries: Sequence[LedgerEntry], target: int) -> dict[str, str]:
+    """Reinstated requests whose text the target excludes: what a rollback would take out again.
+
+    Returns:
+        Request → the event that led to the reinstatement, ``countered`` or ``withdrawn``.
+    """
+    path, back = set(ancestry(published_versions(entries), target)), put_back(entries, target)
+    out = {
+        n
+        for n, s in request_states(entries).items()
+        if s.state == "reinstated" and s.reinstated_in is not None and s.version in path and n not in back
+    }
+    return {
+        str(e.event.request_id): e.event.kind for e in entries if e.event.kind in RELEASED and e.event.request_id in out
+    }
 
 
 def known_batches(entries: Iterable[LedgerEntry]) -> set[str]:

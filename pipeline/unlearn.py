@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from pipeline.anchor import Anchor, anchor_loss
+from pipeline.anchor import NO_ANCHOR, Anchor, anchor_loss
 from pipeline.errors import NumericalFailure
 from pipeline.losses import predict, sum_nll, unlikelihood
 from pipeline.passages import Passage, batches, with_continuation
@@ -51,6 +51,8 @@ class Fit:
         salient: Its salient coordinates.
         forget: Memorised passages of this step.
         anchor: Retain passages with v0's predictions; empty for none.
+        put_back: Passages of reinstated texts with the predictions of the model that the step starts from, of which as
+            many are held to as of retain passages; empty but in a reinstatement.
         settings: Strengths and lengths.
         pad_id: Padding id.
         max_tokens: Most tokens in a forward pass.
@@ -67,6 +69,7 @@ class Fit:
     max_tokens: int
     seed: int
     progress: Callable[[int, float], None] = lambda iteration, loss: None
+    put_back: Anchor = NO_ANCHOR
 
 
 def mismatched(passages: Sequence[Passage], count: int, random_: random.Random) -> list[Passage]:
@@ -125,10 +128,11 @@ def _backward_unlikelihood(fit: Fit, passages: Sequence[Passage], trace: Trace) 
 
 
 def _backward_anchor(fit: Fit, random_: random.Random, trace: Trace) -> float:
-    """Backpropagate λ · KL(v0 ‖ θ) on some retain passages."""
-    if not fit.settings.anchor_weight or not fit.anchor.passages:
-        return 0.0
+    """Backpropagate λ · KL(v0 ‖ θ) on some retain passages, and on some of texts that are put back."""
     part = fit.anchor.sample(fit.settings.anchor_passages, random_)
+    part = part.joined(fit.put_back.sample(fit.settings.anchor_passages, random_))
+    if not fit.settings.anchor_weight or not part.passages:
+        return 0.0
     trace.tokens += sum(len(p.ids) for p in part.passages)
     return anchor_loss(fit.model, part, fit.pad_id, fit.max_tokens, fit.settings.anchor_weight)
 

@@ -10,11 +10,12 @@ import hashlib
 import hmac
 import json
 import secrets
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pipeline.errors import StoreDamaged, UsageError
 from pipeline.files import canonical_json, digest_bytes, digest_json, read_whole, write_atomic
-from pipeline.records import TakedownRequest
+from pipeline.records import LedgerEntry, TakedownRequest
 
 KEY_BYTES = 32
 """Size of the key; as long as a SHA-256 digest, which is what HMAC-SHA256 can use."""
@@ -111,7 +112,56 @@ class Vault:
         Raises:
             StoreDamaged: The key is missing or not a key.
         """
-        return f"hmac-sha256:{hmac.new(self._key(), text.encode(), hashlib.sha256).hexdigest()}"
+        return self._keyed(text.encode())
+
+    def record_commitment(self, request: TakedownRequest) -> str:
+        """Stand-in for a whole request: title, rights holder, basis, contact, batch, time, and the text's commitment.
+
+        It holds the text by its commitment, so that the rest can still be checked when the text is no longer kept.
+        No text begins like what is hashed here: intake takes none with a null character.
+
+        Returns:
+            ``hmac-sha256:<hex>``.
+
+        Raises:
+            StoreDamaged: The key is missing or not a key.
+        """
+        tree = request.model_dump(mode="json") | {"text": self.commitment(request.text)}
+        return self._keyed(b"takedown request\x00" + canonical_json(tree))
+
+    def differences(self, request: TakedownRequest, received: Mapping[str, object]) -> str | None:
+        """What of a request is not what the ledger committed to when it came in; None where all is.
+
+        Args:
+            request: As the vault has it.
+            received: Data of its ``received`` event. Those of the first release commit to the text only; then nothing
+                binds the rest.
+
+        Raises:
+            StoreDamaged: The vault's key is missing or not a key.
+        """
+        if received.get("commitment") not in (None, self.commitment(request.text)):
+            return "text"
+        if "record" in received and received["record"] != self.record_commitment(request):
+            return "title, rights holder, basis or contact"
+        return None
+
+    def confirmed(self, request_id: str, received: Mapping[str, object]) -> TakedownRequest:
+        """Read a request back and hold it against what the ledger committed to.
+
+        Raises:
+            StoreDamaged: See `get`, or it is not what the ledger committed to.
+        """
+        request = self.get(request_id)
+        if (found := self.differences(request, received)) is not None:
+            raise StoreDamaged(
+                f"{self._path(request_id)}: has another {found} than the ledger committed to. Restore the file from a "
+                "backup; `takedown verify` lists all breaks."
+            )
+        return request
+
+    def _keyed(self, data: bytes) -> str:
+        return f"hmac-sha256:{hmac.new(self._key(), data, hashlib.sha256).hexdigest()}"
 
     @property
     def _key_file(self) -> Path:
@@ -136,6 +186,15 @@ class Vault:
                 "without it the ledger's commitments cannot be matched to their texts."
             )
         return key
+
+
+def received_data(entries: Iterable[LedgerEntry]) -> dict[str, Mapping[str, object]]:
+    """Data of the first ``received`` event of each request: what the ledger committed to."""
+    found: dict[str, Mapping[str, object]] = {}
+    for entry in entries:
+        if entry.event.kind == "received" and entry.event.request_id is not None:
+            found.setdefault(entry.event.request_id, entry.event.data)
+    return found
 
 
 def _read(path: Path) -> TakedownRequest:

@@ -17,9 +17,9 @@ from pathlib import Path
 from pipeline.errors import NotAWorkspace, StoreDamaged, TakedownError, UsageError
 from pipeline.evidence import DECIDED, decisions, evidence_of
 from pipeline.files import digest_bytes, read_whole, unreadable
-from pipeline.keys import log_vkey, model_public_key
+from pipeline.keys import load_log_key, load_model_key, log_vkey, model_public_key
 from pipeline.ledger import Ledger
-from pipeline.merkle import leaf_hash, root_of_hashes
+from pipeline.merkle import consistency_proof, leaf_hash, root_of_hashes, verify_consistency
 from pipeline.notes import Checkpoint, read_checkpoint
 from pipeline.objects import StoredDelta
 from pipeline.oms import check_model_signature
@@ -32,6 +32,12 @@ from pipeline.workspace import Workspace, open_workspace
 
 Entries = tuple[LedgerEntry, ...]
 
+UNCHECKED = Break(
+    where="everything else",
+    found="was not checked: keys, versions, requests, evidence, contents, signatures, index, vault",
+    means="All of it is held against the ledger, and no entry of that can be read. Restore the ledger, verify again.",
+)
+
 
 def verify(workspace: Workspace, depth: Depth = Depth.FULL, checkpoints: Sequence[Path] = ()) -> list[Break]:
     """Check marker, keys, ledger, manifests, lineage, requests, evidence, contents, signatures, index and vault.
@@ -43,7 +49,8 @@ def verify(workspace: Workspace, depth: Depth = Depth.FULL, checkpoints: Sequenc
         checkpoints: Files with checkpoints of this ledger that were kept elsewhere.
 
     Returns:
-        All breaks, in that order; empty when everything holds.
+        All breaks, in that order; empty when everything holds. Where no entry of the ledger can be read, why, and
+        one that says what could not be checked.
 
     Raises:
         UsageError: A file of ``checkpoints`` cannot be read.
@@ -53,6 +60,8 @@ def verify(workspace: Workspace, depth: Depth = Depth.FULL, checkpoints: Sequenc
     files = store.objects.files()
     numbers = store.numbers()
     entries, breaks = _check_ledger(workspace, depth, checkpoints)
+    if breaks and not entries:  # everything else would contradict a ledger that says nothing
+        return [*breaks, UNCHECKED, *_check_marker(workspace)]
     breaks = _check_marker(workspace) + breaks + _check_keys(workspace, entries)
     purged = purged_versions(entries)
     manifests, found = _check_manifests(store, numbers, entries)
@@ -127,7 +136,8 @@ def _check_outside(workspace: Workspace, path: Path, hashes: Sequence[bytes]) ->
     if outside.size > len(hashes):
         found = f"signs {outside.size} entries, the ledger has {len(hashes)}"
         return [Break(where=where, found=found, means="The ledger was cut back, or is an older copy.")]
-    if root_of_hashes(hashes[: outside.size]) != outside.root:
+    proof = consistency_proof(hashes, outside.size)
+    if not verify_consistency(outside.size, outside.root, len(hashes), root_of_hashes(hashes), proof):
         found = f"the first {outside.size} entries of the ledger have another root"
         return [Break(where=where, found=found, means="The history was rewritten after this checkpoint was kept.")]
     return []
@@ -150,6 +160,20 @@ def _check_keys(workspace: Workspace, entries: Entries) -> list[Break]:
         except (TakedownError, OSError) as error:
             breaks.append(Break(where=where, found=str(error), means="Signatures cannot be checked without it."))
     return breaks
+
+
+def key_notes(workspace: Workspace) -> tuple[str, ...]:
+    """Why this copy can be read and checked, but not continued; nothing where both private keys serve.
+
+    No breaks: an auditor's copy has no private keys, and they prove nothing about what is stored.
+    """
+    notes = []
+    for what, load in (("the log", load_log_key), ("models", load_model_key)):
+        try:
+            load(workspace.keys)
+        except (TakedownError, OSError) as error:
+            notes.append(f"nothing can be added here, for {what} cannot be signed: {error}")
+    return tuple(notes)
 
 
 # --- versions ---------------------------------------------------------------------------------------------
@@ -440,16 +464,20 @@ def _check_vault(workspace: Workspace, entries: Entries) -> list[Break]:
         where = f"request {request_id}"
         try:
             request = vault.get(str(request_id))
-            commitment = vault.commitment(request.text)
+            other = vault.differences(request, event.data)
         except StoreDamaged as error:
             breaks.append(Break(where=where, found=f"vault: {error}", means=lost))
         except OSError as error:
             means = "Its text was not checked. Run verify as the user who owns the vault."
             breaks.append(Break(where=where, found=f"vault: cannot be read ({error.strerror})", means=means))
         else:
-            if event.data.get("commitment") not in (None, commitment):
-                found = "its text in the vault, under the vault's key, is not the one that the ledger committed to"
-                breaks.append(Break(where=where, found=found, means=lost))
+            if other == "text":
+                told = "its text in the vault, under the vault's key, is not the one that the ledger committed to"
+                breaks.append(Break(where=where, found=told, means=lost))
+            elif other is not None:
+                told = f"its record in the vault has another {other} than the ledger committed to"
+                means = "Nobody can say from the vault who claimed what; certificates and reports do not show it."
+                breaks.append(Break(where=where, found=told, means=means))
             if (request.batch_id, request.received_at) != _arrival(event.data):
                 found = "its record in the vault names another batch or time than the ledger"
                 means = "Nobody can say from the vault when and with what it arrived; the ledger counts."

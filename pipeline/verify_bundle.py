@@ -112,6 +112,20 @@ class Check(NamedTuple):
     proof: tuple[bytes, ...]
 
 
+class Since(NamedTuple):
+    """An older checkpoint of the log, and the proof that the log was only added to since.
+
+    Attributes:
+        note: The older checkpoint.
+        size: How many entries it signs.
+        proof: Merkle consistency proof.
+    """
+
+    note: bytes
+    size: int
+    proof: tuple[bytes, ...]
+
+
 class LogKey(NamedTuple):
     """A parsed verifier key."""
 
@@ -249,6 +263,32 @@ def root_from(node: bytes, index: int, size: int, proof: Sequence[bytes]) -> byt
     return node if last == 0 else None
 
 
+def continues(old: Checkpoint, new: Checkpoint, proof: Sequence[bytes]) -> bool:
+    """Whether a log is an older one with entries added at its end (RFC 9162, section 2.1.4.2)."""
+    if old.size == new.size:
+        return old.root == new.root and not proof
+    if not 0 < old.size < new.size:
+        return False
+    index, last = old.size - 1, new.size - 1
+    while index % 2:  # the proof begins at the last full subtree of the older log
+        index, last = index // 2, last // 2
+    path = [old.root, *proof] if index == 0 else list(proof)
+    if not path:
+        return False
+    before = after = path[0]
+    for sibling in path[1:]:
+        if last == 0:
+            return False
+        if index % 2 or index == last:
+            before, after = sha256(b"\x01" + sibling + before), sha256(b"\x01" + sibling + after)
+            while index and not index % 2:
+                index, last = index // 2, last // 2
+        else:
+            after = sha256(b"\x01" + after + sibling)
+        index, last = index // 2, last // 2
+    return last == 0 and before == old.root and after == new.root
+
+
 def merkle_root(leaves: Iterable[bytes]) -> bytes:
     """Root over leaves."""
     level = [leaf_hash(leaf) for leaf in leaves]
@@ -347,6 +387,7 @@ class Document:
         entries: The log's entries by number.
         proofs: The inclusion proof of each.
         checks: Measurements by version.
+        since: An older checkpoint that the log continues; None where the certificate compares with none.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -359,7 +400,12 @@ class Document:
         self.entries: dict[int, Entry] = {}
         self.proofs: dict[int, tuple[bytes, ...]] = {}
         self.checks: dict[int, Check] = {}
-        self.log = fields(f"{where}: log", self.tree.get("log"), {"checkpoint": str, "entries": list, "vkey": str})
+        log = self.tree.get("log")
+        kinds: dict[str, type | tuple[type, ...]] = {"checkpoint": str, "entries": list, "vkey": str}
+        if isinstance(log, dict) and "since" in log:
+            kinds["since"] = dict
+        self.log = fields(f"{where}: log", log, kinds)
+        self.since = _since(f"{where}: log.since", self.log["since"]) if "since" in kinds else None
         for place, item in enumerate(self.log["entries"]):
             here = f"{where}: log.entries[{place}]"
             fields(here, item, {"leaf": str, "proof": list})
@@ -391,6 +437,12 @@ class Document:
                 "exactly one: an entry was left out or exchanged."
             )
         return found[0]
+
+
+def _since(where: str, tree: Any) -> Since:
+    fields(where, tree, {"checkpoint": str, "proof": list, "size": int})
+    number(where, tree["size"])
+    return Since(tree["checkpoint"].encode("utf-8", "surrogatepass"), tree["size"], unproof(where, tree["proof"]))
 
 
 # --- what follows from the entries ------------------------------------------------------------------------
@@ -493,14 +545,12 @@ def _check_order(story: Story, path: Sequence[Entry]) -> None:
 def derive(document: Document, story: Story) -> dict[str, Any]:
     """What the certificate must say, from the log alone; the issuer's own words are taken over as they are."""
     said = document.tree
-    words = fields(
-        "certificate.json: request",
-        said.get("request"),
-        {
-            "batch_id": str, "commitment": str, "received_at": str, "recorded_at": str, "request_id": str,
-            "rights_holder": str, "title": str,
-        },
-    )  # fmt: skip
+    known = dict.fromkeys(
+        ("batch_id", "commitment", "received_at", "recorded_at", "request_id", "rights_holder", "title"), str
+    )
+    # Earlier releases committed to the text only.
+    record = {"record": story.received.data["record"]} if "record" in story.received.data else {}
+    words = fields("certificate.json: request", said.get("request"), known | dict.fromkeys(record, str))
     version, decision, data = story.version, story.decision, story.decision.data
     outcome = "excluded" if story.excluded else decision.kind
     expected: dict[str, Any] = {
@@ -534,6 +584,7 @@ def derive(document: Document, story: Story) -> dict[str, Any]:
             "request_id": story.received.request_id,
             "rights_holder": words["rights_holder"],
             "title": words["title"],
+            **record,
         },
         "state": said.get("state"),
         "version": _published(version),
@@ -631,6 +682,12 @@ def statement(certificate: Mapping[str, Any]) -> list[str]:
             "counted as memorised.",
             f"Version {certificate['current']}, in force when this was issued, is or was made from version {version}.",
         ]
+    since = certificate["log"].get("since")
+    if since is not None:
+        certified.append(
+            "The log was only added to since an earlier checkpoint was signed, over its first "
+            f"{number('since', since['size']):.0f} entries: none of them was changed, removed or put in since.",
+        )
     return [
         "Certified is a process and a measurement, never absence.",
         *certified,
@@ -692,6 +749,19 @@ def check_inclusion(document: Document, checkpoint: Checkpoint) -> str:
         if root_from(leaf_hash(item["leaf"].encode()), seq - 1, checkpoint.size, proof) != checkpoint.root:
             raise Refused(f"log: entry {seq} is not in the log that the checkpoint signs: it was changed or invented.")
     return f"log: all {len(items)} entries are in the log of {checkpoint.size} that the checkpoint signs"
+
+
+def check_since(since: Since, checkpoint: Checkpoint, key: LogKey) -> str:
+    """The log that the certificate is from is the one of an older checkpoint, with entries added at its end."""
+    old = read_checkpoint("log.since", since.note, key)
+    if old.size != since.size:
+        raise Refused(f"log.since: signs {old.size} entries, the certificate says {since.size}: it was changed.")
+    if not continues(old, checkpoint, since.proof):
+        raise Refused(
+            f"log.since: the log of {checkpoint.size} entries is not shown to continue the one of {old.size} that was "
+            "signed earlier: the history was rewritten, or the proof was changed."
+        )
+    return f"since: the first {old.size} entries are those signed earlier, {checkpoint.size - old.size} were added"
 
 
 def check_values(document: Document, story: Story) -> str:
@@ -912,19 +982,25 @@ def check_model(story: Story, signed: Mapping[str, str], folder: Path) -> Line:
 # --- all of it --------------------------------------------------------------------------------------------
 
 
-def check_outside(path: Path, key: LogKey, checkpoint: Checkpoint) -> Line:
+def check_outside(path: Path, key: LogKey, checkpoint: Checkpoint, since: Since | None) -> Line:
     """Compare with a checkpoint of the same log that was kept elsewhere."""
     where = f"checkpoint {shown(path.name)}"
     outside = read_checkpoint(where, read_bounded(path, FILES["checkpoint"]), key)
-    if outside.size != checkpoint.size:
+    known = {checkpoint.size: checkpoint}
+    if since is not None and continues(old := read_checkpoint("log.since", since.note, key), checkpoint, since.proof):
+        known[old.size] = old
+    if outside.size not in known:
         return Line(
             "note",
             f"{where}: signed by the same key over {outside.size} entries, the certificate's over {checkpoint.size}; "
-            "that one continues the other is not shown here, ask the issuer for `takedown verify --checkpoint`",
+            "that one continues the other is not shown here, ask the issuer for `takedown certificate --since` with "
+            "this checkpoint",
         )
-    if outside.root != checkpoint.root:
+    if outside.root != known[outside.size].root:
         raise Refused(f"{where}: signs another history of the same length: the issuer shows different ones.")
-    return Line("ok", f"{where}: signs the same history")
+    if outside.size == checkpoint.size:
+        return Line("ok", f"{where}: signs the same history")
+    return Line("ok", f"{where}: signs the first {outside.size} entries of this history; it was only added to since")
 
 
 def check_bundle(
@@ -983,6 +1059,8 @@ def check_files(
     lines.append(Line("ok", f"checkpoint: signed by {key.name} with key {key.key_id.hex()}"))
     attempt(lambda: check_chain(document))
     attempt(lambda: check_inclusion(document, checkpoint))
+    if (since := document.since) is not None:
+        attempt(lambda: check_since(since, checkpoint, key))
     attempt(lambda: check_values(document, story))
     attempt(lambda: check_limit(document, story))
     if document.checks or story.excluded:
@@ -991,7 +1069,7 @@ def check_files(
     if model is not None and signed:
         attempt(lambda: check_model(story, signed_files(files["model.sig"], files["model.pub"]), model))
     for path in checkpoints:
-        attempt(lambda path=path: check_outside(path, key, checkpoint))  # type: ignore[misc]
+        attempt(lambda path=path: check_outside(path, key, checkpoint, document.since))  # type: ignore[misc]
     return lines + _notes(document, log_key is not None, model is not None)
 
 

@@ -16,12 +16,13 @@ import stat
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from pydantic import ValidationError
 
-from pipeline.delta import TensorSource, rebuild
+from pipeline.delta import TensorSource, WholeFile, rebuild
 from pipeline.digests import TensorDigest, tensor_root
 from pipeline.errors import StoreDamaged, UnsupportedModel, UsageError
 from pipeline.files import (
@@ -88,6 +89,36 @@ class Published(NamedTuple):
             "deltas": delta_facts(self.deltas),
             "signature": self.signature,
         }
+
+
+class _Base(NamedTuple):
+    """A parent's file.
+
+    Attributes:
+        file: As its manifest names it.
+        tensors: The parent's table, of all its files.
+        copy: Where the file lies outside the store, if it does.
+    """
+
+    file: StoredFile
+    tensors: Sequence[TensorDigest]
+    copy: Path | None
+
+    def source(self) -> TensorSource | None:
+        """The copy as what a delta is made on: with the header that was published, and the tensors of the table.
+
+        Raises:
+            StoreDamaged: It is missing, or has another header; other tensors are found when they are read.
+        """
+        if self.copy is None:
+            return None
+        source = WholeFile(self.copy, self.file.digest, self.tensors)
+        if (found := digest_bytes(source.header)) != self.file.header:
+            raise StoreDamaged(
+                f"{self.copy}: has a safetensors header with {found}, published was {self.file.header}. Restore the "
+                "parent to this folder again."
+            )
+        return source
 
 
 def delta_facts(deltas: Iterable[StoredDelta]) -> dict[str, object]:
@@ -193,7 +224,8 @@ class VersionStore:
         settings: Mapping[str, object],
         report: Mapping[str, object],
         software: Mapping[str, str],
-        keyframe_every: int = 32,
+        keyframe_every: int = 16,
+        parent_folder: Path | None = None,
         sign: Sign | None = None,
         replace_orphan: bool = False,
     ) -> Published:
@@ -213,6 +245,8 @@ class VersionStore:
             report: Summary for the manifest; JSON.
             software: Versions of what computed it.
             keyframe_every: Every n-th version of a line is kept whole.
+            parent_folder: The parent's model folder, where there is one: deltas are made on its weights, each tensor
+                compared with the parent's table, so that the parent's chain is read once, for the check, not twice.
             sign: Makes the signature over the model folder.
             replace_orphan: A manifest of this number that the ledger does not name, of an interrupted publish, is
                 replaced where it differs.
@@ -234,18 +268,16 @@ class VersionStore:
             raise StoreDamaged(f"v{parent.version}: the store has root {stored.root}, the caller {parent.root}.")
         files = candidate_files(candidate)
         digests, tensors = _candidate_digests(candidate, files)
-        root = tensor_root(tensors)
         with explained_space(self.folder):
             make_folder(self.folder)
-            before = {f.path: f.digest for f in parent.files} if parent else {}
-            known = {t.name: t.sha256 for t in self.tensors(parent)} if parent else {}
+            bases = self._bases(parent, parent_folder)
             deltas = [
-                self._keep(files[name], digest, tensors, before.get(name), known, keyframe_every)
+                self._keep(files[name], digest, tensors, bases.get(name), keyframe_every)
                 for name, digest in digests.items()
             ]
             manifest = VersionManifest(
                 version=version,
-                root=root,
+                root=tensor_root(tensors),
                 parent=parent.version if parent else None,
                 parent_root=parent.root if parent else None,
                 created_at=created_at,
@@ -257,21 +289,35 @@ class VersionStore:
                 report=dict(report),
                 software=dict(software),
             )
-            self.check_restores(manifest)
-            there = self._is_there(manifest, replace_orphan)  # refuses before a signature is written over
-            signature = self._write_signature(version, sign(digests, f"v{version}")) if sign else None
-            if not there:
-                self._write_manifest(manifest)
+            signature = self._commit(manifest, sign and partial(sign, digests), replace_orphan)
         return Published(self.manifest(version), tuple(d for d in deltas if d), signature)
 
+    def _commit(
+        self, manifest: VersionManifest, sign: Callable[[str], bytes] | None, replace_orphan: bool
+    ) -> str | None:
+        """Check a version whose contents are kept, and write its signature and manifest; returns what `Published` says.
+
+        Args:
+            manifest: What is to be written.
+            sign: Name → signature over the model folder.
+            replace_orphan: As for `publish`.
+        """
+        self.check_restores(manifest)
+        there = self._is_there(manifest, replace_orphan)  # refuses before a signature is written over
+        signature = self._write_signature(manifest.version, sign(f"v{manifest.version}")) if sign else None
+        if not there:
+            self._write_manifest(manifest)
+        return signature
+
+    def _bases(self, parent: VersionManifest | None, folder: Path | None) -> dict[str, _Base]:
+        """What a candidate's files may be deltas against, by name."""
+        if parent is None:
+            return {}
+        known = self.tensors(parent)
+        return {file.path: _Base(file, known, folder and folder / file.path) for file in parent.files}
+
     def _keep(
-        self,
-        path: Path,
-        digest: str,
-        tensors: Sequence[TensorDigest],
-        before: str | None,
-        known: Mapping[str, str],
-        keyframe_every: int,
+        self, path: Path, digest: str, tensors: Sequence[TensorDigest], base: _Base | None, keyframe_every: int
     ) -> StoredDelta | None:
         """Keep one file of a candidate, as a delta where there is a base.
 
@@ -279,27 +325,28 @@ class VersionStore:
             path: The file.
             digest: Its digest.
             tensors: The candidate's tensors, of all files.
-            before: Digest of the parent's file of the same name.
-            known: Name → hex digest of the parent's tensors.
+            base: The parent's file of the same name.
             keyframe_every: Every n-th version of a line is kept whole.
         """
         objects = self.objects
-        if before is not None and path.suffix == ".safetensors" and not objects.is_whole(digest):
+        if base is not None and path.suffix == ".safetensors" and not objects.is_whole(digest):
+            before = base.file.digest
             chain = objects.chain(before)
             if chain is not None and before == digest:
                 return None  # unchanged, and made by deltas; `check_restores` reads it
             if (
                 chain is not None
                 and len(chain) < keyframe_every
-                and (delta := objects.put_delta(path, digest, before, tensors))
+                and (delta := objects.put_delta(path, digest, before, tensors, base.source()))
             ):
-                self._check_base(objects.delta_path(digest, before), known)
+                self._check_base(objects.delta_path(digest, before), base.tensors)
                 return delta
         objects.put(path, digest)
         return None
 
-    def _check_base(self, delta: Path, known: Mapping[str, str]) -> None:
+    def _check_base(self, delta: Path, published: Sequence[TensorDigest]) -> None:
         """A delta must be made on the tensors that were published: the base itself is not hashed while it is read."""
+        known = {tensor.name: tensor.sha256 for tensor in published}
         wrong = [t.name for t in read_footer(delta).tensors if t.pre != known.get(t.name)]
         if wrong:
             self.objects.drop([delta])  # it does not belong to what a backup of the base holds

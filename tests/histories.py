@@ -138,10 +138,11 @@ def prepare_step(
         assert plan is not None
         run = open_run(workspace.root, plan.run_id)
         store = VersionStore(workspace.versions)
-        parent = run.folder / "parent"
-        store.restore(plan.parent, parent)
+        parent = run.folder / f"v{plan.parent}"  # as `pipeline.context.model_folder` leaves it
+        if not parent.exists():
+            store.restore(plan.parent, parent)
+        parent.with_suffix(".restored").touch()
         changed = changed_copy(parent, run.folder / "candidate", share, seed=plan.parent + 1)
-        shutil.rmtree(parent)
         total = sum(w.size for p in (run.folder / "candidate").glob("*.safetensors") for w in _arrays(p))
         earlier = [n for n in excluded(entries_of(workspace), plan.parent) if n not in requests]
         after = LEVEL.mean + (0.01 if accepted else 0.5)

@@ -6,10 +6,11 @@ import hashlib
 import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,13 @@ from pipeline import verify_bundle
 from pipeline.certificate import certify, render, write_certificate
 from pipeline.errors import NoSpace, StoreDamaged, UsageError
 from pipeline.evidence import decisions, find_check, recall
+from pipeline.keys import load_log_key, log_vkey
 from pipeline.ledger import Ledger
+from pipeline.merkle import EMPTY_ROOT
+from pipeline.notes import Checkpoint, checkpoint_text, parse_vkey, sign_note
 from pipeline.records import Evaluation, Event
 from pipeline.states import request_states
+from pipeline.vault import Vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
 
@@ -202,6 +207,92 @@ def test_what_is_appended_meanwhile_is_left_out(
     certificate = write_certificate(workspace, ALPHA, tmp_path / "out")
     assert certificate.log.checkpoint.split("\n")[1] == str(size)
     assert failed(tmp_path / "out") == []
+
+
+def test_older_checkpoint_is_continued_and_that_is_said(workspace: Workspace, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_bytes(workspace.checkpoint.read_bytes())
+    size = len(entries_of(workspace))
+    append(workspace, Event(kind="hold", actor="court", request_id=BETA))
+    certificate = write_certificate(workspace, ALPHA, tmp_path / "out", kept)
+    assert certificate.log.since is not None and certificate.log.since.size == size
+    assert certificate.log.since.checkpoint == kept.read_text()
+    page = (tmp_path / "out" / "certificate.html").read_text()
+    assert f"An earlier checkpoint, kept elsewhere, over the first {size} entries." in page
+    assert f"over its first {size} entries: none of them was changed" in " ".join(page.split())
+    assert all(html.escape(node) in page for node in certificate.log.since.proof) and certificate.log.since.proof
+    assert failed(tmp_path / "out", checkpoints=[kept]) == []
+    # Nothing was added since the newest one: it is continued by itself, without a hash.
+    newest = write_certificate(workspace, ALPHA, tmp_path / "same", workspace.checkpoint)
+    assert newest.log.since is not None and newest.log.since.proof == ()
+    assert failed(tmp_path / "same") == []
+
+
+def _signed(workspace: Workspace, size: int, root: bytes) -> bytes:
+    origin = parse_vkey(log_vkey(workspace.keys)).name
+    return sign_note(checkpoint_text(Checkpoint(origin, size, root)), origin, load_log_key(workspace.keys)).encode()
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda w: None, UsageError, "is missing"),
+        (lambda w: b"x" * ((1 << 20) + 1), UsageError, "at most 1048576 are written there"),
+        (lambda w: b"", StoreDamaged, "is no checkpoint of this lineage"),
+        (lambda w: b"\xff" * 200, StoreDamaged, "is no checkpoint of this lineage"),
+        (
+            lambda w: re.sub(rb"\n([0-9]+)\n", rb"\n1\1\n", w.checkpoint.read_bytes()),
+            StoreDamaged,
+            "does not match the text",
+        ),
+        (lambda w: _signed(w, 1, b"\x01" * 32), StoreDamaged, "the history was rewritten since"),
+        (lambda w: _signed(w, 10_000, b"\x01" * 32), StoreDamaged, "signs 10000 entries, the ledger has"),
+        (lambda w: _signed(w, 0, EMPTY_ROOT), UsageError, "signs an empty log"),
+    ],
+)
+def test_what_is_no_older_checkpoint_of_this_log_is_refused_and_nothing_written(
+    workspace: Workspace,
+    tmp_path: Path,
+    make: Callable[[Workspace], bytes | None],
+    kind: type[Exception],
+    message: str,
+) -> None:
+    kept = tmp_path / "kept"
+    if (content := make(workspace)) is not None:
+        kept.write_bytes(content)
+    with pytest.raises(kind, match=message) as error:
+        write_certificate(workspace, ALPHA, tmp_path / "out", kept)
+    assert str(kept) in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_of_another_log_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    other = start_history(tmp_path / "other", array_model(tmp_path / "model"))
+    with pytest.raises(StoreDamaged, match="has no signature of"):
+        certify(workspace, ALPHA, other.checkpoint)
+
+
+def test_title_that_the_log_did_not_commit_to_is_not_certified(workspace: Workspace) -> None:
+    vault = Vault(workspace.vault)
+    request = vault.get(ALPHA).model_copy(update={"request_id": "request-rho", "text": text_of("request-rho")})
+    vault.put(request)
+    data = {"batch_id": request.batch_id, "received_at": request.received_at.isoformat(),
+            "commitment": vault.commitment(request.text), "record": vault.record_commitment(request)}  # fmt: skip
+    append(workspace, Event(kind="received", actor="tester", request_id="request-rho", data=data))
+    publish(workspace, prepare_step(workspace, ["request-rho"], submit=False))
+    found = certify(workspace, "request-rho")
+    assert (found.request.title, found.request.record) == (request.title, data["record"])
+    assert str(data["record"]) in render(found)
+    vault.put(request.model_copy(update={"title": "Another book"}), replace=True)
+    with pytest.raises(StoreDamaged, match="another title, rights holder, basis or contact than the ledger"):
+        certify(workspace, "request-rho")
+
+
+def test_exchanged_text_is_not_certified(workspace: Workspace) -> None:
+    vault = Vault(workspace.vault)
+    vault.put(vault.get(ALPHA).model_copy(update={"text": "other words"}), replace=True)
+    with pytest.raises(StoreDamaged, match="another text than the ledger committed to"):
+        certify(workspace, ALPHA)
 
 
 # --- of what it does not speak ----------------------------------------------------------------------------

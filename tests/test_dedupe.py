@@ -609,6 +609,28 @@ def test_a_changed_row_is_named(tmp_path: Path, column: str) -> None:
         decide(index, ORCHARD)
 
 
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("CREATE TRIGGER grow AFTER INSERT ON takedown BEGIN DELETE FROM takedown WHERE request_id = 'a'; END", "grow"),
+        ("ALTER TABLE takedown ADD COLUMN extra", "takedown"),
+        ("ALTER TABLE parameters RENAME COLUMN value TO worth", "parameters"),
+        ("CREATE TABLE other (x)", "other"),
+        ("CREATE VIEW seen AS SELECT * FROM takedown", "seen"),
+        ("CREATE INDEX faster ON takedown (digest)", "faster"),
+        ("DROP TABLE takedown", "sqlite_autoindex_takedown_1"),
+    ],
+)
+def test_an_index_that_declares_anything_else_is_refused(tmp_path: Path, statement: str, name: str) -> None:
+    with DedupeIndex.open(tmp_path) as made:
+        made.add("a", "one two three four five six seven eight nine ten eleven twelve")
+    database = sqlite3.connect(tmp_path / "index.db", isolation_level=None)
+    database.execute(statement)
+    database.close()
+    with pytest.raises(StoreDamaged, match=rf"declares other than this product does: .*'{name}'.*delete this file"):
+        DedupeIndex.open(tmp_path)
+
+
 def test_a_busy_or_read_only_file_is_no_damage(index: DedupeIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     other = sqlite3.connect(index.path)
     other.execute("BEGIN EXCLUSIVE")

@@ -10,9 +10,10 @@ import pytest
 from histories import array_model, entries_of, make_step, start_history
 from hypothesis import given
 from hypothesis import strategies as st
-from workspaces import draw_text, leaks, take_in
+from workspaces import copied, draw_text, leaks, take_in
 
 from pipeline.export import EVENT_COLUMNS, REQUEST_COLUMNS, event_rows, harmless, request_rows, to_csv
+from pipeline.vault import Vault
 from pipeline.workspace import Workspace
 
 
@@ -49,6 +50,16 @@ def test_csv_reads_back_and_holds_no_formula_text_or_contact(workspace: Workspac
     assert formula == '\'=HYPERLINK("http://evil","click")'
     secrets = [draw_text("F", 20), draw_text("A", 30), "secret@example.org"]
     assert leaks(secrets, workspace.root, text.encode()) == []
+
+
+def test_title_that_is_not_the_one_committed_to_is_left_out(workspace: Workspace, tmp_path: Path) -> None:
+    own = copied(workspace.root, tmp_path / "own")
+    vault = Vault(own.vault)
+    request = vault.get("A")
+    vault.put(request.model_copy(update={"text": "other words"}), replace=True)
+    rows = {row["request_id"]: row for row in request_rows(own, entries_of(own))}
+    assert (rows["A"]["title"], rows["A"]["rights_holder"], rows["A"]["basis"]) == ("", "", "")
+    assert rows["A"]["commitment"] and rows["F"]["title"], "what the ledger says stays, and so do the others"
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "  =1", "\u3000=1", "＝1"])

@@ -296,14 +296,14 @@ def test_error_deep_inside_does_not_carry_a_text_to_prefect(
 
 
 @pytest.fixture
-def run(
+def takedown(
     prefect: Prefect, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """``takedown -w WORKSPACE run …`` in this process, on the server that is running."""
+    """``takedown -w WORKSPACE VERB …`` in this process, on the server that is running."""
     from flows import cli
 
     def call(workspace: Workspace, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["takedown", "-w", str(workspace.root), "run", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["takedown", "-w", str(workspace.root), *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -311,6 +311,12 @@ def run(
         return int(stop.value.code or 0), captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def run(takedown: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """``takedown -w WORKSPACE run …``."""
+    return lambda workspace, *arguments: takedown(workspace, "run", *arguments)
 
 
 def test_run_command_answers_and_exits_by_the_outcome(
@@ -351,3 +357,43 @@ def test_run_command_answers_and_exits_by_the_outcome(
     assert code == 0 and "G" in out and "v2 stays current" in out
     assert not list(ws.inbox.iterdir())
     assert open_run(ws.root, [e.event.run_id for e in entries(ws)][-1]).plan.parent == 2
+
+
+def test_reinstate_command_makes_a_version_and_exits_by_the_outcome(
+    takedown: Callable[..., tuple[int, str, str]], ws: Workspace
+) -> None:
+    why = ("--reason", "licence shown")
+    code, _, err = takedown(ws, "reinstate", "A", "Z", *why)
+    assert code == 2 and "A: is verified" in err and "'Z': no such request" in err
+    assert takedown(ws, "reinstate", "A")[0] == 2, "a reason is needed"
+    for name in ("A", "B", "C"):
+        assert takedown(ws, "withdraw" if name == "C" else "counter", name, *why)[0] == 0
+
+    code, _, err = takedown(ws, "reinstate", "A", *why)
+    assert code == 2 and "A: its text is out for B, too" in err
+
+    ws.settings_file.write_text(
+        workspaces.toml(workspaces.with_settings(gate={"perplexity_rise": 0.0, "kept_share": 1.0}))
+    )
+    code, out, _ = takedown(ws, "reinstate", "A", "B", *why, "--actor", "legal")
+    assert code == 0 and "Left out: what v1 changed." in out and "Published v2" in out
+    assert "A reinstated in v2" in out
+    store = VersionStore(ws.versions)
+    assert store.manifest(2).root == store.manifest(0).root
+    run, tasks = latest_run("leave_artifacts")
+    assert run.state_name == "Completed"
+    assert [name for name, _ in tasks] == [
+        "plan_reinstatement", "reference", "leave_out", "dedupe", "screen", "merge", "evaluate", "gate", "publish",
+        "leave_artifacts",
+    ]  # fmt: skip
+    code, out, _ = takedown(ws, "show", "v2")
+    assert "puts back: A, B, leaving out what v1 changed" in out
+    code, out, _ = takedown(ws, "reinstate", "C", *why)
+    assert code == 0 and "C: on record as reinstated. v2 was not made without it" in out
+    code, out, _ = takedown(ws, "rollback", "v1", "--reason", "trial", "--override")
+    assert code == 0 and "It does not hold what was put back for A, B" in out
+    code, out, _ = takedown(ws, "rollback", "v2", "--reason", "back")
+    assert code == 0 and "It puts back again: A, B." in out
+    shown = json.loads(takedown(ws, "status", "--json")[1])["requests"]
+    assert {s["request_id"]: s["reinstated_in"] for s in shown} == {"A": 2, "B": 2, "C": None}
+    assert verify(ws) == []

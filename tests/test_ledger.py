@@ -29,7 +29,7 @@ from pipeline.files import canonical_json, digest_json
 from pipeline.keys import create_keys, load_log_key, log_vkey
 from pipeline.ledger import GENESIS, SCHEMA, Ledger
 from pipeline.notes import Checkpoint, checkpoint_text, read_checkpoint, sign_note
-from pipeline.records import Event
+from pipeline.records import Event, LedgerEntry
 
 AT = datetime(2026, 11, 23, 9, 0, tzinfo=UTC)
 ORIGIN = "takedown-pipeline/0011223344556677"
@@ -80,7 +80,6 @@ def _tamper(path: Path, *statements: str, restore: bool = True) -> None:
 def test_entries_are_numbered_dated_and_chained(path: Path) -> None:
     with Ledger.open(path) as ledger:
         entries = ledger.entries()
-        assert ledger.head() == entries[-1]
         assert ledger.check() == []
     assert [e.seq for e in entries] == [1, 2, 3, 4]
     assert [e.previous for e in entries] == [GENESIS, *(e.digest for e in entries[:-1])]
@@ -103,7 +102,6 @@ def test_an_empty_ledger_holds(tmp_path: Path) -> None:
     create_keys(tmp_path / "keys", ORIGIN)
     with Ledger.create(tmp_path / "ledger.db") as ledger:
         assert ledger.entries() == ()
-        assert ledger.head() is None
         assert ledger.checkpoint() is None
         assert ledger.leaves() == []
         assert ledger.check() == []
@@ -556,10 +554,10 @@ def test_an_unsigned_row_with_a_sound_chain_is_found_and_not_built_on(path: Path
     tree = _event("published", version=7).model_dump(mode="json")
     (row,) = _chained([(5, "2026-11-23T09:00:00.000000Z", tree)], _raw(path)[-1][4])
     _tamper(path, f"INSERT INTO entries VALUES ({_literal(row)})")
-    with Ledger.open(path, read_only=True) as ledger:
-        assert len(ledger.entries()) == 5, "the chain by itself holds"
+    with pytest.raises(StoreDamaged, match=r"its 5 entries are not those of its last signed checkpoint \(4\)"):
+        _entries(path)  # though the chain by itself holds
     assert _check(path) == ["ledger.db: the last checkpoint signs 4 entries, there are 5"]
-    with Ledger.open(path) as ledger, pytest.raises(StoreDamaged, match="Nothing was written"):
+    with Ledger.open(path) as ledger, pytest.raises(StoreDamaged, match="Nothing is shown of them or written"):
         ledger.append(_received("x"))
     assert len(_raw(path)) == 5 and len(_notes(path)) == 3
 
@@ -692,6 +690,156 @@ def test_a_quick_look_checks_every_root_and_the_newest_signature(path: Path, tmp
     with Ledger.open(path, read_only=True) as ledger:
         found = [b.where for b in ledger.examine(every_signature=False)[1]]
     assert found == ["ledger.db: checkpoint 4", "checkpoint"]
+
+
+# --- what was checked once --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the rows that are parsed and hashed, in order."""
+    seen: list[int] = []
+    check = ledger_module._read_row
+
+    def counting(row: Any) -> Any:
+        seen.append(row.seq)
+        return check(row)
+
+    monkeypatch.setattr(ledger_module, "_read_row", counting)
+    monkeypatch.setattr(ledger_module, "_newest", ledger_module._NOTHING)
+    return seen
+
+
+def _entries(path: Path) -> tuple[LedgerEntry, ...]:
+    with Ledger.open(path, read_only=True) as ledger:
+        return ledger.entries()
+
+
+def test_a_row_is_parsed_once_in_a_process(path: Path, parsed: list[int]) -> None:
+    first = _entries(path)
+    assert parsed == [1, 2, 3, 4]
+    assert _entries(path) == first
+    assert parsed == [1, 2, 3, 4]
+    with Ledger.open(path) as ledger:
+        ledger.append(_received("x"))
+        assert len(ledger.entries()) == 5
+    assert parsed == [1, 2, 3, 4, 5]
+    assert _check(path) == []
+    assert parsed == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5], "`verify` trusts no earlier look"
+
+
+def test_only_what_another_process_added_is_parsed(path: Path, tmp_path: Path, parsed: list[int]) -> None:
+    """And rows that are the same are not parsed again though they lie in another file."""
+    copy = tmp_path / "copy" / "ledger.db"
+    shutil.copytree(path.parent, copy.parent, ignore=shutil.ignore_patterns("copy"))
+    first = _entries(path)
+    code = """
+import sys
+from pathlib import Path
+from pipeline.ledger import Ledger
+from pipeline.records import Event
+with Ledger.open(Path(sys.argv[1])) as ledger:
+    ledger.append(Event(kind="empty", actor="a"))
+"""
+    subprocess.run([sys.executable, "-c", code, str(copy)], check=True)
+    assert _entries(copy)[:4] == first
+    assert parsed == [1, 2, 3, 4, 5]
+    assert _entries(path) == first, "a shorter ledger is not taken for the longer one"
+
+
+@pytest.mark.parametrize("name", [n for n, (statement, _) in TAMPERED.items() if "TABLE" not in statement])
+def test_what_changes_between_two_reads_of_a_process_is_noticed(path: Path, name: str) -> None:
+    """By a reader that was open all the time, by a fresh one, and by a writer."""
+    with Ledger.open(path, read_only=True) as reader:
+        assert reader.entries() == _entries(path)
+        before = _bytes(path)
+        _tamper(path, TAMPERED[name][0])
+        if _bytes(path) == before:
+            return  # schema or checkpoints: the former is for `verify`, the newest of the latter has a test below
+        for read in (reader.entries, lambda: _entries(path)):
+            with pytest.raises(StoreDamaged):
+                read()
+    with pytest.raises(StoreDamaged), Ledger.open(path) as writer:
+        writer.append(_received("x"))
+
+
+def _bytes(path: Path) -> list[tuple[Any, ...]]:
+    """Every row as bytes; after tampering they may be anything."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.text_factory = bytes
+        return connection.execute("SELECT * FROM entries ORDER BY seq").fetchall()
+
+
+@pytest.mark.parametrize("column", ["at", "event", "digest"])
+def test_the_same_bytes_of_another_kind_are_noticed(path: Path, column: str) -> None:
+    assert len(_entries(path)) == 4
+    _tamper(path, f"UPDATE entries SET {column} = CAST({column} AS BLOB) WHERE seq = 2")
+    with pytest.raises(StoreDamaged, match="a column does not hold the kind of value"):
+        _entries(path)
+
+
+# --- what reading refuses ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("DELETE FROM checkpoints", "are not those of its last signed checkpoint .there is none."),
+        ("DELETE FROM checkpoints WHERE size = 4", "its 4 entries are not those of its last signed checkpoint .3."),
+        ("UPDATE checkpoints SET note = replace(note, '4', '3') WHERE size = 4", "newest checkpoint does not hold"),
+        ("UPDATE checkpoints SET note = x'00' WHERE size = 4", "newest checkpoint does not hold"),
+        ("UPDATE checkpoints SET note = CAST(x'ff' AS TEXT) WHERE size = 4", "newest checkpoint does not hold"),
+    ],
+)
+def test_entries_that_nobody_signed_are_not_shown(path: Path, statement: str, expected: str) -> None:
+    assert len(_entries(path)) == 4
+    _tamper(path, statement)
+    with pytest.raises(StoreDamaged, match=expected):
+        _entries(path)
+
+
+def test_entries_signed_with_another_key_are_not_shown(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "keys"
+    other.parent.mkdir()
+    create_keys(other, ORIGIN)
+    _rechain(path, 1, 4, _rename)
+    _resign(path, other)
+    with pytest.raises(StoreDamaged, match="has no signature of"):
+        _entries(path)
+
+
+def test_a_missing_public_key_is_told_and_nothing_shown(path: Path) -> None:
+    (path.with_name("keys") / "log.pub").unlink()
+    with pytest.raises(StoreDamaged, match=r"log\.pub: is missing"):
+        _entries(path)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_ledger_that_was_cut_back_is_not_shown(path: Path, size: int) -> None:
+    note = path.with_name("checkpoint").read_text()
+    _cut(path, size)
+    with pytest.raises(StoreDamaged, match=f"checkpoint signs 4 entries, the ledger has {size}"):
+        _entries(path)
+    path.with_name("checkpoint").write_text(note.replace("—", "-"))  # no checkpoint: `verify` names it
+    assert len(_entries(path)) == size
+
+
+def test_one_state_is_read_whatever_is_committed_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Ledger._rows
+
+    def slow(self: Ledger) -> Any:
+        found = rows(self)
+        if self is reader:
+            with monkeypatch.context() as patch, Ledger.open(path) as writer:
+                patch.setattr(Ledger, "_rows", rows)
+                writer.append(_received("x"))
+        return found
+
+    with Ledger.open(path, read_only=True) as reader:
+        monkeypatch.setattr(Ledger, "_rows", slow)
+        assert len(reader.entries()) == 4
+        assert reader.check() == []
+    assert len(_entries(path)) == 6
 
 
 # --- damage -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pipeline import objects as objects_module
 from pipeline.delta import rebuild
 from pipeline.errors import StoreDamaged
 from pipeline.files import digest_bytes, digest_file
-from pipeline.objects import ObjectStore, StoredDelta, hexadecimal
+from pipeline.objects import EagerStream, HashedStream, ObjectStore, StoredDelta, hexadecimal
 from pipeline.safefile import tensor_digests
 
 NOTHING = "sha256:" + "0" * 64
@@ -295,6 +295,36 @@ def test_other_contents_are_written_out(store: ObjectStore, tmp_path: Path, link
     store.object_path(digest).unlink()
     with pytest.raises(StoreDamaged, match="is missing"):
         store.write_out(digest, tmp_path / "out3", link)
+
+
+@pytest.mark.parametrize("advice", [True, False])
+def test_an_eager_stream_writes_everything_and_tells_the_system_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, advice: bool
+) -> None:
+    asked: list[tuple[int, int]] = []
+    if advice:
+        monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, count, how: asked.append((at, count)), raising=False)
+    else:
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    data = np.random.default_rng(1).bytes((5 << 19) + 7)
+    with (tmp_path / "out").open("xb", buffering=0) as stream:
+        eager, left = EagerStream(stream), memoryview(data)
+        assert eager.write(left[:0]) == 0
+        while len(left):
+            left = left[eager.write(left) :]
+    assert (tmp_path / "out").read_bytes() == data
+    sizes = [0, 1 << 20, 1 << 20, (1 << 19) + 7]
+    assert asked == ([(sum(sizes[:n]), size) for n, size in enumerate(sizes)] if advice else [])
+
+
+def test_a_hashed_stream_hashes_what_was_taken() -> None:
+    class Half:
+        def write(self, data: bytes) -> int:
+            return len(data) // 2
+
+    hashed = HashedStream(Half())  # type: ignore[arg-type]
+    assert hashed.write(b"abcd") == 2
+    assert hashed.digest == digest_bytes(b"ab")
 
 
 def test_nothing_is_written_over(store: ObjectStore, line: list[tuple[Path, str]], tmp_path: Path) -> None:

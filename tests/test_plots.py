@@ -49,8 +49,35 @@ def numbers(text: str) -> list[float]:
     return [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", text)]
 
 
+def walk(d: str) -> list[tuple[float, float]]:
+    """Every position that a path goes to; capital letters are absolute, as in SVG."""
+    found, x, y = [], 0.0, 0.0
+    for letter, rest in re.findall("([A-Za-z])([^A-Za-z]*)", d):
+        values = numbers(rest)
+        steps: list[tuple[float | None, float | None]]
+        match letter.lower():
+            case "m" | "l":
+                steps = list(zip(values[::2], values[1::2], strict=True))
+            case "a":
+                steps = list(zip(values[5::7], values[6::7], strict=True))
+            case "h":
+                steps = [(value, None) for value in values]
+            case "v":
+                steps = [(None, value) for value in values]
+            case _:
+                assert letter == "z"
+                steps = []
+        for across, down in steps:
+            if letter.isupper():
+                x, y = (x if across is None else across), (y if down is None else down)
+            else:
+                x, y = x + (across or 0), y + (down or 0)
+            found.append((x, y))
+    return found
+
+
 def coordinates(root: ET.Element) -> list[tuple[float, float]]:
-    """Every absolute position in a figure; paths in place of markers are relative to their translation."""
+    """Every position in a figure; of a path that is moved as a whole, where it is moved to."""
     found = []
     for e in root.iter():
         if e.tag == f"{SVG}line":
@@ -60,8 +87,8 @@ def coordinates(root: ET.Element) -> list[tuple[float, float]]:
             if e.tag == f"{SVG}rect":
                 found.append((found[-1][0] + float(e.attrib["width"]), found[-1][1] + float(e.attrib["height"])))
         elif e.tag == f"{SVG}path":
-            flat = numbers(e.attrib.get("transform", e.attrib["d"]))
-            found += list(zip(flat[::2], flat[1::2], strict=True))
+            moved = numbers(e.attrib.get("transform", ""))
+            found += [(moved[0], moved[1])] if moved else walk(e.attrib["d"])
     return found
 
 
@@ -75,8 +102,8 @@ def assert_inside(root: ET.Element) -> None:
 def series(root: ET.Element, index: int) -> tuple[list[tuple[float, float]], ET.Element]:
     """Marker positions of a series, and its line."""
     group = next(e for e in root.iter(f"{SVG}g") if e.get("class") == f"series-{index}")
-    line, *markers = list(group)
-    return [tuple(numbers(m.attrib["transform"])) for m in markers], line  # type: ignore[misc]
+    line, markers = list(group)
+    return [walk(m.attrib["d"])[0] for m in markers], line
 
 
 def y_of_ticks(root: ET.Element, panel: slice = slice(None)) -> list[tuple[float, float]]:
@@ -235,8 +262,9 @@ def test_lines_break_at_gaps_and_differ_without_colour() -> None:
     assert line.attrib["d"].count("M") == 2 and len(points) == 3
     assert other.attrib["d"].count("M") == 1 and len(others) == 5
     assert line.get("stroke-dasharray") != other.get("stroke-dasharray")
-    shapes = {m.attrib["d"] for g in root.iter(f"{SVG}g") for m in g if m.get("transform")}
-    assert len(shapes) == 2
+    drawn = [m.attrib["d"] for g in root.iter(f"{SVG}g") if g.get("fill") for m in g]
+    assert len(drawn) == 3 + 5 + 2  # a marker on every value, and one of each series in the legend
+    assert len({d[d.index("m") :] for d in drawn}) == 2
     ticks = y_of_ticks(root)
     for (_, y), value in zip(others, (1.0, 0.9, 0.9, 0.88, 0.87), strict=True):
         assert y == pytest.approx(expected_y(value, ticks), abs=0.02)
@@ -277,28 +305,56 @@ def matrix() -> ET.Element:
 
 
 def test_matrix_prints_every_value_in_its_cell() -> None:
+    """Cells of 56 x 26 pixels right of the ids, below the line of versions; a bar where nothing was measured."""
     root = matrix()
     assert_inside(root)
-    rects = list(root.iter(f"{SVG}rect"))
-    assert len(rects) == 6
-    values = ["0.990", "0.210", "▲0.262", "–", "0.970", "0.200"]
-    for rect, value in zip(rects, values, strict=True):
-        x, y, w, h = (float(rect.attrib[k]) for k in ("x", "y", "width", "height"))
-        inside = [
-            e.text
-            for e in root.iter(f"{SVG}text")
-            if x < float(e.attrib["x"]) < x + w and y < float(e.attrib["y"]) < y + h
-        ]
-        assert inside == [value]
+    (grid,) = (e for e in root.iter(f"{SVG}path") if "H" in e.attrib["d"] and "V" in e.attrib["d"])
+    left, top = walk(grid.attrib["d"])[0]
+    (bar,) = (walk(e.attrib["d"]) for e in root.iter(f"{SVG}path") if e.get("class") == "gaps")
+    for i, row in enumerate((["0.990", "0.210", "▲0.262"], [None, "0.970", "0.200"])):
+        for j, value in enumerate(row):
+            x, y = left + 56 * j, top + 26 * i
+            inside = [
+                e.text
+                for e in root.iter(f"{SVG}text")
+                if x < float(e.attrib["x"]) < x + 56 and y < float(e.attrib["y"]) < y + 26
+            ]
+            barred = all(x < a < x + 56 and y < b < y + 26 for a, b in bar)
+            assert (inside, barred) == (([value], False) if value else ([], True))
     assert {"0.210", "0.250", "limit", "TD-1", "v2"} <= set(texts(root))
+
+
+def test_matrix_fills_only_cells_above_the_limit() -> None:
+    fills = [(e.get("fill"), e.get("x"), e.get("y")) for e in matrix().iter(f"{SVG}rect")]
+    left = 55.0
+    assert [(fill, float(x or 0) - left, float(y or 0)) for fill, x, y in fills] == [
+        ("#9b1c1c", 112.0, 26.0),
+        (fill_of(0.97, 0.21, False), 56.0, 52.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "fences"), [(None, []), ([True, True], [1]), ([False, True], [0, 1]), ([False, False], [0, 1])]
+)
+def test_exclusion_that_begins_with_a_page_of_the_matrix_is_marked(
+    before: list[bool] | None, fences: list[int]
+) -> None:
+    """TD-1 is excluded from the first column on, TD-2 from the second."""
+    excluded = [[True, True], [False, True]]
+    svg = persistence_matrix(
+        ["TD-1", "TD-2"], ["v11", "v12"], [[0.1, 0.1], [0.9, 0.1]], [0.2, 0.2], excluded, before=before
+    )
+    found = [e for e in parse(svg).iter(f"{SVG}line") if e.get("stroke-width") == "3"]
+    assert sorted((float(e.attrib["y1"]) - 25.5) // 26 for e in found) == ([1] if before is None else fences)
 
 
 def test_matrix_alarms_only_where_the_text_should_be_gone() -> None:
     root = matrix()
     assert "although taken out: TD-1 on v2 (0.262)." in (root[1].text or "")
     fences = [e for e in root.iter(f"{SVG}line") if e.get("stroke-width") == "3"]
-    rects = list(root.iter(f"{SVG}rect"))
-    assert [float(e.attrib["x1"]) for e in fences] == [float(rects[1].attrib["x"]), float(rects[5].attrib["x"])]
+    (grid,) = (walk(e.attrib["d"]) for e in root.iter(f"{SVG}path") if "V" in e.attrib["d"])
+    left = grid[0][0]
+    assert [float(e.attrib["x1"]) for e in fences] == [left + 56, left + 2 * 56]
 
 
 def test_matrix_without_knowledge_of_exclusion_holds_every_cell_to_the_limit() -> None:
@@ -338,7 +394,8 @@ def test_any_matrix_is_finite_and_inside_its_box(data: st.DataObject) -> None:
     labels = data.draw(st.lists(st.text(max_size=40), min_size=rows, max_size=rows))
     root = parse(persistence_matrix(labels, [f"v{i}" for i in range(columns)], values, limits))
     assert_inside(root)
-    assert len(list(root.iter(f"{SVG}rect"))) == rows * columns
+    bars = [e.attrib["d"].count("h6") for e in root.iter(f"{SVG}path") if e.get("class") == "gaps"]
+    assert sum(bars) == sum(value is None for row in values for value in row)
 
 
 # --- versions ---------------------------------------------------------------------------------------------

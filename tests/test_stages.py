@@ -66,6 +66,7 @@ TOLERANCE = SETTINGS["gate"]["forget_tolerance"]
 BATCH_1 = {"A": WORKS["one"], "B": near_copy(WORKS["one"]), "C": UNSEEN}
 BATCH_2 = {"D": WORKS["two"], "E": WORKS["one"]}
 PUBLISHED = Publication(outcome="published", version=1)
+STEP_RECORDS = [name for name in RECORDS if name != "leave-out"]  # only a reinstatement leaves steps out
 
 
 @pytest.fixture(scope="session")
@@ -279,7 +280,7 @@ def test_version_restores_and_loads_with_the_logits_that_were_evaluated(
 
 
 def test_run_folder_keeps_records_and_no_weights_until_the_next_run(lineage: Lineage) -> None:
-    assert lineage.left == [sorted(f"{name}.json" for name in RECORDS)] * 2
+    assert lineage.left == [sorted(f"{name}.json" for name in STEP_RECORDS)] * 2
     assert [p.name for p in lineage.workspace.runs.iterdir()] == lineage.runs[1:]
 
 
@@ -649,7 +650,7 @@ def test_crash_between_store_and_ledger_publishes_once(
     assert states(fresh) == dict.fromkeys("ABC", "waiting")
     first, *others = verify(fresh)
     assert (first.where, first.found.split(":")[0]) == ("v1", "not acknowledged")
-    assert {b.found for b in others} == {"unreferenced object"} and len(others) == len(RECORDS)  # the run's records
+    assert {b.found for b in others} == {"unreferenced object"} and len(others) == len(STEP_RECORDS)
     assert step(fresh) == PUBLISHED
     assert [e.event.kind for e in entries(fresh)].count("published") == 1
     assert root_of(fresh) == root_of(lineage.workspace)
@@ -863,7 +864,7 @@ def test_evidence_is_every_record_of_the_run(lineage: Lineage) -> None:
     objects = VersionStore(lineage.workspace.versions).objects
     for run_id, entry in decisions(entries(lineage.workspace)).items():
         assert entry.event.kind == "accepted"
-        assert set(evidence_of(entry)) == set(RECORDS)
+        assert set(evidence_of(entry)) == set(STEP_RECORDS)
         assert all(objects.is_whole(digest) for digest in evidence_of(entry).values())
         plan = recall(objects, entry, "plan", Plan)
         assert plan is not None and plan.run_id == run_id
@@ -872,7 +873,7 @@ def test_evidence_is_every_record_of_the_run(lineage: Lineage) -> None:
         assert (entry.event.data["reasons"], entry.event.data["unchecked"]) == ([], list(verdict.unchecked))
     last = decisions(entries(lineage.workspace))[lineage.runs[-1]]
     folder = lineage.workspace.runs / lineage.runs[-1]
-    assert {n: digest_file(folder / f"{n}.json") for n in RECORDS} == evidence_of(last)
+    assert {n: digest_file(folder / f"{n}.json") for n in STEP_RECORDS} == evidence_of(last)
 
 
 def test_a_run_without_training_leaves_what_it_has_as_evidence(fresh: Workspace) -> None:
@@ -892,7 +893,7 @@ def test_a_refused_run_leaves_evidence_too(fresh: Workspace) -> None:
     assert step(fresh) == Publication(outcome="refused")
     (entry,) = decisions(entries(fresh)).values()
     assert (entry.event.kind, entry.event.version) == ("refused", 0)
-    assert set(evidence_of(entry)) == set(RECORDS) and len(entry.event.data["reasons"]) == 1
+    assert set(evidence_of(entry)) == set(STEP_RECORDS) and len(entry.event.data["reasons"]) == 1
     assert not events_of(fresh, "verified")
     shutil.rmtree(fresh.runs)
     fresh.runs.mkdir()

@@ -22,7 +22,9 @@ from pipeline.states import (
     known_batches,
     published_versions,
     purged_versions,
+    put_back,
     request_states,
+    taken_again,
     unfinished_purge,
 )
 
@@ -35,7 +37,7 @@ OPEN = {*DECIDED, "countered", "withdrawn"}
 LEGAL: dict[str, set[str]] = {
     "waiting": OPEN,
     "refused": OPEN,
-    "regressed": OPEN | {"verified"},
+    "regressed": OPEN | {"verified", "reinstated"},
     "applied": {"verified", "regressed", "countered", "withdrawn"},
     "folded": {"verified", "regressed", "countered", "withdrawn"},
     "verified": {"regressed", "countered", "withdrawn"},
@@ -44,7 +46,7 @@ LEGAL: dict[str, set[str]] = {
     "not-memorised": {"withdrawn"},
     "countered": {"regressed", "withdrawn", "reinstated"},
     "withdrawn": {"reinstated"},
-    "reinstated": set(),
+    "reinstated": {"countered", "withdrawn"},
 }
 """State → events that may follow, written down a second time, from the other side than `pipeline.states.NEXT`."""
 
@@ -339,6 +341,39 @@ def test_a_rollback_brings_back_what_only_the_current_version_excludes() -> None
 def test_going_forward_again_brings_nothing_back() -> None:
     back = [_event("rolled-back", version=1), _of("regressed", "C", 1)]
     assert brought_back(_entries(*TAKEN, *back), 2) == ()
+
+
+PUT_BACK = (*TAKEN, _of("countered", "A", None), _published(3, 2), _of("reinstated", "A", 3))
+
+
+def test_a_version_that_puts_a_text_back_and_those_made_from_it_do_not_exclude_it() -> None:
+    entries = _entries(*PUT_BACK, _published(4, 3), _published(5, 2), _of("countered", "A", None))
+    assert put_back(entries, 3) == put_back(entries, 4) == {"A": 3}
+    assert put_back(entries, 2) == put_back(entries, 5) == {}
+    assert set(excluded(entries, 4)) == {"B", "C", "D"}
+    assert set(excluded(entries, 5)) == {"A", "B", "C", "D"}, "made from the version before, and on record as out again"
+    assert request_states(_entries(*PUT_BACK))["A"].reinstated_in == 3
+
+
+def test_a_rollback_past_a_reinstatement_takes_the_text_out_again() -> None:
+    entries = _entries(*PUT_BACK)
+    assert taken_again(entries, 2) == taken_again(entries, 1) == {"A": "countered"}
+    assert taken_again(entries, 0) == taken_again(entries, 3) == {}, "v0 was made with the text, v3 holds it again"
+    withdrawn = _entries(*TAKEN, _of("withdrawn", "A", None), _published(3, 2), _of("reinstated", "A", 3))
+    assert taken_again(withdrawn, 2) == {"A": "withdrawn"}
+
+
+def test_going_forward_to_a_reinstatement_brings_nothing_back_against_anyones_will() -> None:
+    back = [_event("rolled-back", version=2), _of("countered", "A", None)]
+    entries = _entries(*PUT_BACK, *back)
+    assert set(excluded(entries, 2)) == {"A", "B", "C", "D"}
+    assert brought_back(entries, 3) == ()
+
+
+def test_what_was_never_taken_out_is_reinstated_without_a_version() -> None:
+    entries = _entries(*LINEAGE[:2], _received("A"), _of("withdrawn", "A", None), _of("reinstated", "A", None))
+    assert request_states(entries)["A"].reinstated_in is None
+    assert put_back(entries, 1) == taken_again(entries, 1) == taken_again(entries, 0) == {}
 
 
 # --- batches ----------------------------------------------------------------------------------------------

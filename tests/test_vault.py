@@ -184,6 +184,52 @@ def test_commitment_is_keyed_and_can_be_recomputed(vault: Vault, folder: Path, t
     assert other.commitment("ça") != vault.commitment("ça")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("title", "Other"), ("rights_holder", "Other"), ("basis", "privacy"), ("contact", None), ("batch_id", "b9"),
+     ("received_at", datetime(2020, 1, 1, tzinfo=UTC)), ("request_id", "other"), ("text", "other words")],
+)  # fmt: skip
+def test_commitment_to_a_record_covers_every_field(vault: Vault, field: str, value: object) -> None:
+    assert set(TakedownRequest.model_fields) == {
+        "title", "rights_holder", "basis", "contact", "batch_id", "received_at", "request_id", "text",
+    }  # fmt: skip
+    kept = request()
+    data = {"commitment": vault.commitment(kept.text), "record": vault.record_commitment(kept)}
+    assert data["record"] not in (
+        data["commitment"],
+        vault.record_commitment(request(**({"request_id": "TD-1"} | {field: value}))),
+    )
+    assert vault.differences(kept, data) is None
+    expected = "text" if field == "text" else "title, rights holder, basis or contact"
+    assert vault.differences(request(**({"request_id": "TD-1"} | {field: value})), data) == expected
+
+
+def test_what_an_earlier_release_recorded_binds_the_text_only(vault: Vault) -> None:
+    data = {"commitment": vault.commitment(request().text)}
+    assert vault.differences(request(title="Other"), data) is None
+    assert vault.differences(request(text="other words"), data) == "text"
+    assert vault.differences(request(text="other words"), {}) is None
+
+
+def test_commitment_to_a_record_needs_no_text_but_its_commitment(vault: Vault, folder: Path) -> None:
+    """So that the rest can be checked when the text is no longer kept; the rule, computed from the key alone."""
+    tree = request().model_dump(mode="json") | {"text": vault.commitment(request().text)}
+    data = b"takedown request\x00" + json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()
+    made = hmac.new((folder / "key").read_bytes(), data, hashlib.sha256).hexdigest()
+    assert vault.record_commitment(request()) == f"hmac-sha256:{made}"
+
+
+def test_confirmed_gives_back_what_the_ledger_committed_to(vault: Vault) -> None:
+    kept = request()
+    vault.put(kept)
+    data = {"commitment": vault.commitment(kept.text), "record": vault.record_commitment(kept)}
+    assert vault.confirmed(kept.request_id, data) == kept
+    vault.put(request(title="Other"), replace=True)
+    with pytest.raises(StoreDamaged, match="has another title") as error:
+        vault.confirmed(kept.request_id, data)
+    assert "Other" not in str(error.value)
+
+
 def test_create_keeps_an_existing_key(vault: Vault, folder: Path) -> None:
     key = (folder / "key").read_bytes()
     vault.create()

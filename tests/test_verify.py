@@ -27,7 +27,7 @@ from pipeline.records import Event, TakedownRequest, VersionManifest
 from pipeline.states import current_version
 from pipeline.storecheck import Depth
 from pipeline.vault import Vault
-from pipeline.verify import verify
+from pipeline.verify import key_notes, verify
 from pipeline.versions import Published, VersionStore
 from pipeline.workspace import FORMAT, Workspace
 
@@ -460,6 +460,28 @@ def test_a_missing_public_key_is_found(workspace: Workspace, kind: str) -> None:
     assert any(line.startswith(f"keys/{kind}.pub: ") for line in _found(workspace))
 
 
+@pytest.mark.parametrize("name", ["log.key", "model.key"])
+@pytest.mark.parametrize("content", [None, b"", b"junk"])
+def test_a_copy_without_private_keys_holds_and_says_that_it_cannot_be_continued(
+    workspace: Workspace, name: str, content: bytes | None
+) -> None:
+    assert key_notes(workspace) == ()
+    path = workspace.keys / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert verify(workspace) == []
+    (note,) = key_notes(workspace)
+    assert str(path) in note and "nothing can be added here" in note
+
+
+def test_a_private_key_of_another_lineage_is_told(workspace: Workspace, tmp_path: Path) -> None:
+    create_keys(tmp_path / "other", "takedown-pipeline/ffeeddccbbaa9988")
+    shutil.copy(tmp_path / "other" / "log.key", workspace.keys / "log.key")
+    (note,) = key_notes(workspace)
+    assert "does not belong to log.pub" in note
+
+
 def test_an_unsigned_entry_with_a_sound_chain_is_found(workspace: Workspace) -> None:
     with closing(sqlite3.connect(workspace.ledger)) as connection:
         ((previous,),) = connection.execute("SELECT digest FROM entries WHERE seq = 14").fetchall()
@@ -541,7 +563,28 @@ def test_a_ledger_that_is_none(workspace: Workspace, content: bytes | None) -> N
     workspace.ledger.unlink()
     if content is not None:
         workspace.ledger.write_bytes(content)
-    assert _found(workspace)[0].startswith("ledger.db: ")
+    first, second = _found(workspace)
+    assert first.startswith("ledger.db: ")
+    assert second.startswith("everything else: was not checked: keys, versions, requests")
+
+
+def test_an_unreadable_ledger_is_told_before_what_follows_from_it(workspace: Workspace) -> None:
+    """A page that SQLite cannot read, and entries that are all of another kind: no line for every version and file."""
+    with closing(sqlite3.connect(workspace.ledger, isolation_level=None)) as connection:
+        for statement in TRIGGERS:
+            connection.execute(f"DROP TRIGGER {statement.split()[2]}")
+        connection.execute("UPDATE entries SET event = '{'")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    found = _found(workspace)
+    assert all(line.startswith(("ledger.db", "checkpoint")) for line in found[:-1])
+    assert found[-1].startswith("everything else: was not checked")
+    data = bytearray(workspace.ledger.read_bytes())
+    data[100:108] = b"\xff" * 8  # the header of the first page's tree
+    workspace.ledger.write_bytes(bytes(data))
+    workspace.marker.unlink()
+    cause, unchecked, marker = _found(workspace)
+    assert cause.startswith("ledger.db: ") and unchecked.startswith("everything else: ")
+    assert marker.startswith("workspace.json: ")
 
 
 # --- manifests, lineage, objects --------------------------------------------------------------------------
@@ -653,6 +696,25 @@ def test_an_exchanged_text_contradicts_its_commitment(workspace: Workspace) -> N
     assert line.startswith("request TD-1: its text in the vault")
 
 
+@pytest.mark.parametrize(("field", "value"), [("title", "Other"), ("rights_holder", "Other"), ("contact", "x@y")])
+def test_another_title_holder_or_contact_contradicts_the_commitment(
+    workspace: Workspace, field: str, value: str
+) -> None:
+    vault, request = Vault(workspace.vault), _request("TD-9")
+    vault.put(request)
+    data = {"batch_id": "b1", "received_at": "2026-11-23T09:00:00Z", "commitment": vault.commitment(request.text),
+            "record": vault.record_commitment(request)}  # fmt: skip
+    with Ledger.open(workspace.ledger) as ledger:
+        ledger.append(Event(kind="received", actor="t", request_id="TD-9", data=data))
+    assert verify(workspace) == []
+    vault.put(request.model_copy(update={field: value}), replace=True)
+    told = "its record in the vault has another title, rights holder, basis or contact than the ledger committed to"
+    assert _found(workspace) == [f"request TD-9: {told}"]
+    vault.put(request.model_copy(update={"text": "other words"}), replace=True)
+    (line,) = _found(workspace)
+    assert line.startswith("request TD-9: its text in the vault"), "the text is named once, not as a record, too"
+
+
 def test_a_lost_key_is_found(workspace: Workspace) -> None:
     (workspace.vault / "key").unlink()
     assert len(_found(workspace)) == 3
@@ -674,4 +736,4 @@ def test_a_bad_marker_is_found(workspace: Workspace, content: bytes | None) -> N
 
 def test_an_empty_folder_gives_breaks_not_exceptions(tmp_path: Path) -> None:
     found = [line.split(":")[0] for line in _found(Workspace(tmp_path))]
-    assert found == ["workspace.json", "ledger.db", "ledger.db"]  # no ledger, and no first entry in it
+    assert found == ["ledger.db", "everything else", "workspace.json"]

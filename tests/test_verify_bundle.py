@@ -9,9 +9,12 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +32,8 @@ from pipeline.keys import load_log_key
 from pipeline.ledger import GENESIS, Ledger, leaf_data
 from pipeline.notes import Checkpoint, checkpoint_text, parse_vkey, sign_note, vkey
 from pipeline.oms import check_model_signature
+from pipeline.records import Event, TakedownRequest
+from pipeline.vault import Vault
 from pipeline.verify_bundle import Line, check_bundle, check_files
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
@@ -83,6 +88,23 @@ def others(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fi
 
 def read(bundle: Path) -> Files:
     return {name: (bundle / name).read_bytes() for name in verify_bundle.FILES}
+
+
+def receive_with_record(workspace: Workspace, name: str) -> str:
+    """Take a request in whose event commits to all of its record; returns that commitment."""
+    vault = Vault(workspace.vault)
+    request = TakedownRequest(
+        request_id=name, title=f"The {name} book", rights_holder="Holder", basis="copyright",
+        contact=f"{name}@holder.example", batch_id=f"batch-{name}", received_at=datetime(2026, 11, 23, tzinfo=UTC),
+        text=draw_text(name, 30),
+    )  # fmt: skip
+    vault.put(request)
+    committed = vault.record_commitment(request)
+    data = {"batch_id": request.batch_id, "received_at": request.received_at.isoformat(),
+            "commitment": vault.commitment(request.text), "record": committed}  # fmt: skip
+    with Ledger.open(workspace.ledger) as ledger:
+        ledger.append(Event(kind="received", actor="tester", request_id=name, data=data))
+    return committed
 
 
 def failures(files: Files, **options: Any) -> list[str]:
@@ -576,6 +598,114 @@ def test_checkpoints_kept_elsewhere(case: Case, tmp_path: Path) -> None:
     assert "belongs to another log" in failures(case.files, checkpoints=[foreign])[0]
 
 
+# --- an older checkpoint in the certificate ---------------------------------------------------------------
+
+
+def notes_of(workspace: Workspace) -> dict[int, str]:
+    """Every checkpoint of a ledger, by its size."""
+    with closing(sqlite3.connect(workspace.ledger)) as connection:
+        return dict(connection.execute("SELECT size, note FROM checkpoints ORDER BY size"))
+
+
+@pytest.fixture(scope="module")
+def since(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """The certificate of ``one``, with the proof that the log was only added to since its fourth checkpoint."""
+    folder = tmp_path_factory.mktemp("since")
+    (folder / "kept").write_text(list(notes_of(case.workspace).values())[3])
+    write_certificate(case.workspace, "one", folder / "out", folder / "kept")
+    return read(folder / "out")
+
+
+def test_log_that_was_only_added_to_is_told_so(case: Case, since: Files) -> None:
+    tree, size = tree_of(since), len(case.leaves)
+    old = list(notes_of(case.workspace))[3]
+    assert tree["log"]["since"]["size"] == old and 1 < old < size
+    (line,) = (line for line in check_files(since) if line.text.startswith("since: "))
+    assert line == Line("ok", f"since: the first {old} entries are those signed earlier, {size - old} were added")
+    assert failures(since) == []
+    assert any(f"over its first {old} entries: none of them was changed, removed" in s for s in tree["statement"])
+    assert "since" not in tree_of(case.files)["log"], "an earlier release must be able to check the others"
+
+
+def test_receiver_compares_with_the_checkpoint_that_he_kept(case: Case, since: Files, tmp_path: Path) -> None:
+    notes = list(notes_of(case.workspace).values())
+    kept, other, fork = (tmp_path / name for name in ("kept", "other", "fork"))
+    kept.write_text(notes[3])
+    other.write_text(notes[2])
+    (found,) = lines_about(since, kept)
+    assert found.verdict == "ok" and "this history; it was only added to since" in found.text
+    assert [line.verdict for line in lines_about(since, other)] == ["note"]
+    # The same key signed another history of that length.
+    key, origin = load_log_key(case.workspace.keys), notes[3].split("\n")[0]
+    forged = checkpoint_text(Checkpoint(origin, list(notes_of(case.workspace))[3], b"\x01" * 32))
+    fork.write_text(sign_note(forged, origin, key))
+    assert "shows different ones" in " ".join(failures(since, checkpoints=[fork]))
+
+
+def _other_root(case: Case, size: int) -> str:
+    origin = next(iter(notes_of(case.workspace).values())).split("\n")[0]
+    return sign_note(checkpoint_text(Checkpoint(origin, size, b"\x01" * 32)), origin, load_log_key(case.workspace.keys))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda case, since: since.update(size=since["size"] + 1), "the certificate says"),
+        (lambda case, since: since.update(size=True), "is of the wrong kind"),
+        (lambda case, since: since.update(size=10**400), "is not a number"),
+        (lambda case, since: since["proof"].pop(), "is not shown to continue"),
+        (lambda case, since: since["proof"].append(since["proof"][0]), "is not shown to continue"),
+        (lambda case, since: since["proof"].reverse(), "is not shown to continue"),
+        (lambda case, since: since.update(proof=["x"]), "is not base64"),
+        (lambda case, since: since.update(proof=["AA=="] * 64), "no list of at most"),
+        (lambda case, since: since.update(checkpoint="\ud800"), "log.since: is not text"),
+        (lambda case, since: since.update(checkpoint=since["checkpoint"].replace("\n\n", "\n1\n\n")), "does not hold"),
+        (lambda case, since: since.update(checkpoint=_other_root(case, since["size"])), "is not shown to continue"),
+        (lambda case, since: since.pop("size"), "needs exactly the fields"),
+    ],
+)
+def test_forged_past_is_refused(case: Case, since: Files, edit: Callable[[Case, Tree], object], message: str) -> None:
+    changed = edited(since, lambda tree: edit(case, tree["log"]["since"]))
+    assert any(message in line for line in failures(changed)), failures(changed)
+
+
+def test_past_that_was_taken_out_again_changes_what_is_said(since: Files) -> None:
+    assert "statement" in " ".join(failures(edited(since, lambda tree: tree["log"].pop("since"))))
+
+
+def test_past_of_another_key_is_refused(case: Case, since: Files) -> None:
+    note = tree_of(since)["log"]["since"]["checkpoint"]
+    text, origin = note.split("\n\n")[0] + "\n", note.split("\n")[0]
+    forged = sign_note(text, origin, Ed25519PrivateKey.generate())
+    found = failures(edited(since, lambda tree: tree["log"]["since"].update(checkpoint=forged)))
+    assert any("log.since: is not signed by the key" in line for line in found)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_value_in_the_past_is_refused_or_is_what_was_there(since: Files, data: st.DataObject) -> None:
+    value = data.draw(st.none() | st.integers() | st.text(max_size=20) | st.lists(st.text(max_size=8), max_size=3))
+    name = data.draw(st.sampled_from(["checkpoint", "size", "proof", "other"]))
+    before = tree_of(since)["log"]["since"].get(name)
+    changed = edited(since, lambda tree: tree["log"]["since"].update({name: value}))
+    assert failures(changed) or before == value
+
+
+# --- the whole request, by its commitment -----------------------------------------------------------------
+
+
+def test_commitment_to_the_whole_request_follows_from_the_log(case: Case, tmp_path: Path) -> None:
+    workspace = copied(case.workspace.root, tmp_path / "workspace")
+    committed = receive_with_record(workspace, "five")
+    publish(workspace, prepare_step(workspace, ["five"], submit=False))
+    write_certificate(workspace, "five", tmp_path / "out")
+    files = read(tmp_path / "out")
+    assert failures(files) == [] and tree_of(files)["request"]["record"] == committed
+    other = edited(files, lambda tree: tree["request"].update(record="hmac-sha256:" + "0" * 64))
+    assert "request.record says" in " ".join(failures(other))
+    assert failures(edited(files, lambda tree: tree["request"].pop("record")))
+
+
 # --- weights ----------------------------------------------------------------------------------------------
 
 
@@ -650,6 +780,24 @@ def test_hostile_weights_cannot_break_the_program(case: Case, models: Path, plac
 
 
 # --- against the product's own ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", range(1, 34))
+def test_growth_is_judged_the_same(size: int) -> None:
+    """As by `pipeline.merkle`, for every older size, and for proofs that are too short, too long or another's."""
+    hashes = [merkle.leaf_hash(bytes([i])) for i in range(size)]
+    new = verify_bundle.Checkpoint(size, merkle.root_of_hashes(hashes))
+    for old_size in range(1, size + 1):
+        old = verify_bundle.Checkpoint(old_size, merkle.root_of_hashes(hashes[:old_size]))
+        proof = merkle.consistency_proof(hashes, old_size)
+        assert verify_bundle.continues(old, new, proof)
+        tried = [proof[:-1], proof[1:], (*proof, new.root), (new.root, *proof), proof[::-1], ()]
+        for other in tried:
+            expected = merkle.verify_consistency(old_size, old.root, size, new.root, other)
+            assert verify_bundle.continues(old, new, other) == expected
+        assert not verify_bundle.continues(old._replace(root=hashes[0] + b""), new, proof) or old.root == hashes[0]
+        assert not verify_bundle.continues(new, old, proof) or old_size == size
+    assert not verify_bundle.continues(verify_bundle.Checkpoint(0, merkle.EMPTY_ROOT), new, ()), "says nothing"
 
 
 @pytest.mark.parametrize("size", range(1, 34))

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from pipeline.blocks import compress
-from pipeline.delta import DeltaFile
+from pipeline.delta import DeltaFile, Room
 from pipeline.digests import tensor_root
 from pipeline.errors import NoSpace, StoreDamaged, UnsupportedModel, UsageError
 from pipeline.files import canonical_json, digest_bytes, digest_file
@@ -729,6 +729,57 @@ def test_every_nth_version_is_kept_whole(tmp_path: Path, every: int, whole: str)
     assert all(chain is not None and len(chain) <= every for chain in chains)
     for number in range(7):
         assert _restored(store, number, tmp_path / "out") == _content(tmp_path / f"m{number}")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_delta_made_on_the_parents_folder_is_the_same_and_the_chain_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    folders = [_step_model(tmp_path / f"m{step}", step, sharded) for step in range(4)]
+    read: list[Path] = []
+    honest = DeltaFile.read
+
+    def noting(self: DeltaFile, names: Sequence[str], room: Room) -> Iterator[Any]:
+        read.append(self.path)
+        return honest(self, names, room)
+
+    stores = [VersionStore(tmp_path / name / "versions") for name in ("chain", "folder")]
+    counts = list[int]()
+    for store, copies in zip(stores, (False, True), strict=True):
+        store.folder.parent.mkdir()
+        parent: VersionManifest | None = None
+        for number, folder in enumerate(folders):
+            read.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(DeltaFile, "read", noting)
+                parent_folder = folders[number - 1] if copies and number else None
+                parent = _publish(store, folder, parent, parent_folder=parent_folder)
+        counts.append(len(read))
+    assert counts[1] < counts[0], "of the last publish"
+    names = [[path.relative_to(store.folder) for path in store.objects.files()] for store in stores]
+    assert names[0] == names[1]
+    assert all((stores[0].folder / n).read_bytes() == (stores[1].folder / n).read_bytes() for n in names[0])
+
+
+@pytest.mark.parametrize("where", ["value", "header", "missing"])
+def test_a_parents_folder_that_is_not_the_parent_is_refused_and_leaves_no_delta(
+    tmp_path: Path, chained: VersionStore, where: str
+) -> None:
+    before = chained.objects.files()
+    copy = tmp_path / "m2" / "model.safetensors"
+    data = bytearray(copy.read_bytes())
+    if where == "missing":
+        copy.unlink()
+    else:
+        data[-1 if where == "value" else data.index(b"layer.0")] ^= 1
+        copy.write_bytes(data)
+    message = {"value": "tensor 'layer.2' has SHA-256", "header": "published was sha256:", "missing": "is missing"}
+    parent = chained.manifest(2)
+    with pytest.raises(StoreDamaged, match=rf"m2/model\.safetensors: .*{message[where]}"):
+        _publish(chained, _step_model(tmp_path / "m3", 3), parent, parent_folder=tmp_path / "m2")
+    assert chained.objects.files() == before and not list(chained.folder.rglob(".tmp-*"))
+    _publish(chained, tmp_path / "m3", parent)
+    assert _check(chained, 3) == []
 
 
 def test_a_change_that_a_delta_hardly_saves_is_kept_whole(tmp_path: Path) -> None:

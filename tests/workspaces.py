@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.records import Publication
+    from pipeline.runs import Plan
     from pipeline.workspace import Workspace
 
 STOCK = {
@@ -81,7 +82,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "screen": {"sigma": 3.0},
     "calibrate": {"margin": 0.02},
     "evaluate": {"generate_passages": 1},
-    "gate": {"forget_tolerance": 0.05, "kept_share": 0.3, "perplexity_rise": 1.0},
+    "gate": {"forget_tolerance": 0.05, "reinstated_share": 0.5, "kept_share": 0.3, "perplexity_rise": 1.0},
     "runtime": {"device": "cpu"},
 }
 """For a model of this size: short passages, large steps, and a gate that is strict on forgetting only.
@@ -186,6 +187,8 @@ STAGES = (
     "evaluate",
     "gate",
 )
+TRAINING = ("saliency", "unlearn", "repair_stage")
+DECIDING = ("merge_stage", "evaluate", "gate")
 """The functions of `pipeline.stages` in front of ``publish``, in the order of `flows.takedown`."""
 
 
@@ -203,24 +206,51 @@ def step(
         stop_after: Stage to stop after, as a process would that died there.
         before_publish: Called with the run id once everything is computed.
     """
-    from pipeline import answers, context, stages
     from pipeline.runs import plan_run
     from pipeline.workspace import writing
 
-    root = str(workspace.root)
     with writing(workspace):
         plan = plan_run(workspace, requests)
-        if plan is None:
+        return _carried_out(workspace, plan, STAGES, stop_after, before_publish) if plan else None
+
+
+def reinstatement(
+    workspace: Workspace,
+    requests: Sequence[str],
+    stop_after: str | None = None,
+    before_publish: Callable[[str], object] = lambda run_id: None,
+) -> Publication | None:
+    """What `flows.takedown.reinstate` does, without Prefect; see `step`."""
+    from pipeline.reinstate import plan_reinstatement
+    from pipeline.workspace import writing
+
+    with writing(workspace):
+        plan = plan_reinstatement(workspace, requests, "tester", "licence shown")
+        stages = ("reference", "leave_out_stage", *STAGES[1:])
+        return _carried_out(workspace, plan, stages, stop_after, before_publish) if plan else None
+
+
+def _carried_out(
+    workspace: Workspace,
+    plan: Plan,
+    names: Sequence[str],
+    stop_after: str | None,
+    before_publish: Callable[[str], object],
+) -> Publication | None:
+    from pipeline import answers, context, stages
+
+    root = str(workspace.root)
+    for name in names:
+        if name in TRAINING and not stages.needs_training(root, plan.run_id):
+            continue
+        if name in DECIDING and not stages.needs_version(root, plan.run_id):
+            break
+        getattr(context if name == "reference" else stages, name)(root, plan.run_id)
+        if name == stop_after:
             return None
-        for name in STAGES:
-            if STAGES.index(name) >= STAGES.index("saliency") and not stages.needs_step(root, plan.run_id):
-                break
-            getattr(context if name == "reference" else stages, name)(root, plan.run_id)
-            if name == stop_after:
-                return None
-        before_publish(plan.run_id)
-        # The run's id depends on the vault's key; without it two workspaces can be compared.
-        return answers.publish(root, plan.run_id, "tester").model_copy(update={"run_id": ""})
+    before_publish(plan.run_id)
+    # The run's id depends on the vault's key; without it two workspaces can be compared.
+    return answers.publish(root, plan.run_id, "tester", "licence shown").model_copy(update={"run_id": ""})
 
 
 def published(folder: Path) -> Path:

@@ -48,6 +48,7 @@ def _publish(store: str, models: str, version: str, keyframe_every: int) -> Job:
     return lambda: versions.publish(
         Path(models) / version, version=number, parent=parent, created_at=datetime.now(UTC), run_id=None, requests=(),
         settings={}, report={}, software={}, keyframe_every=keyframe_every,
+        parent_folder=Path(models) / str(number - 1) if number else None,
     )  # fmt: skip
 
 

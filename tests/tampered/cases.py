@@ -552,9 +552,10 @@ SURROUNDINGS = (
     ),
     Case(
         "vault-title-replaced",
-        "The title of TD-1 in the vault was replaced, and the record's own digest made anew: the log does not bind it.",
+        "The title of TD-1 in the vault was replaced, and the record's own digest made anew.",
         lambda s: rewrite_record(s, "TD-1", title="Another work"),
-        (SOUND[VERIFY],),
+        (_no(VERIFY, "has another title, rights holder, basis or contact than the ledger committed to"),
+         _no("certificate TD-1 --out out", "has another title, rights holder, basis or contact")),
     ),
     Case(
         "vault-key-byte", "One bit of the vault's key was flipped.",
@@ -663,6 +664,11 @@ def _forge_answer(kind: str, **data: Any) -> Callable[[Scene], object]:
 
 CUT = "the ledger was cut back, rewritten or is an older copy"
 UNSIGNED = "are not those of its last signed checkpoint"
+READING = (
+    "status", "log", "show v1", "show TD-1", "versions", "diff v0 v1", "first-version TD-1", "export --out out",
+    "report --out page.html", "checkout v0 out", "certificate TD-1 --out out",
+)  # fmt: skip
+"""All verbs that show what the log says."""
 
 LOG = (
     Case(
@@ -725,20 +731,20 @@ LOG = (
     Case(
         "log-rechained", "One entry was changed and the chain of all later ones made anew, without the key.",
         lambda s: rechain(s.workspace, _change_actor),
-        (_no(VERIFY, "with another root than entries 1 to"), _no(QUICK, "with another root"), SOUND["status"],
-         _no(SUBMIT, UNSIGNED), _no(NEWEST, "The history was rewritten")),
+        (_no(VERIFY, "with another root than entries 1 to"), _no(QUICK, "with another root"),
+         *(_no(command, UNSIGNED) for command in (*READING, SUBMIT)), _no(NEWEST, "The history was rewritten")),
     ),
     Case(
         "log-rechained-unsigned", "As before, and all checkpoints were deleted.",
         lambda s: (rechain(s.workspace, _change_actor), sql(s.workspace, "DELETE FROM checkpoints")),
         (_no(VERIFY, "the last checkpoint signs 0 entries"), _no(QUICK, "the last checkpoint signs 0 entries"),
-         _no(SUBMIT, CUT)),
+         _no("status", UNSIGNED), _no(SUBMIT, UNSIGNED)),
     ),
     Case(
         "log-forged-signature", "One entry was changed, and everything chained and signed anew with a forged key.",
         lambda s: rechain(s.workspace, _change_actor, FORGED),
         (_no(VERIFY, "signed note: has no signature of"), _no(QUICK, "has no signature of"),
-         _no(SUBMIT, "has no signature of")),
+         *(_no(command, "has no signature of") for command in (*READING, SUBMIT))),
     ),
     Case(
         "log-forged-key", "As before, and keys/log.pub was replaced by the forged key.",
@@ -757,7 +763,7 @@ LOG = (
         "log-reordered", "Two entries changed places, and the chain was made anew, without the key.",
         lambda s: rechain(s.workspace, _reorder),
         (_no(VERIFY, "with another root"), _no(VERIFY, "but no earlier entry received it"),
-         _no("status", "but no earlier entry received it"), _no(SUBMIT, "but no earlier entry received it")),
+         _no("status", UNSIGNED), _no(SUBMIT, UNSIGNED)),
     ),
     Case(
         "checkpoint-byte", "One bit of the checkpoint file was flipped; the next writing command mends it.",
@@ -801,7 +807,7 @@ LOG = (
         "forged-verified", "An entry that says that TD-4 was measured was put behind the last one, without the key.",
         lambda s: append_row(s.workspace, kind="verified", request_id="TD-4", version=4, run_id="run-0"),
         (_no(VERIFY, "is verified, but was waiting before"), _no(QUICK, "the last checkpoint signs"),
-         _no("status", "is verified, but was waiting before")),
+         _no("status", UNSIGNED)),
     ),
     Case(
         "rollback-removed", "The entry of the rollback was deleted and the chain made anew, without the key.",
@@ -812,7 +818,7 @@ LOG = (
         "hold-removed", "The entry of a legal hold was deleted and the chain made anew, without the key.",
         lambda s: rechain(s.workspace, remove_entry("hold")),
         (_no(VERIFY, "with another root"), _no(QUICK, "with another root"), _no(PURGE, UNSIGNED),
-         SOUND["checkout v0 out"]),
+         _no("checkout v0 out", UNSIGNED)),
     ),
 )  # fmt: skip
 

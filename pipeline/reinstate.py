@@ -1,0 +1,145 @@
+"""Put the text of a countered or withdrawn request back: which steps to leave out for that, and what speaks against it.
+
+In: requests. Out: the plan of a run that makes a new version without the vectors of their steps. Never: an edited
+version, a text brought back that another request still keeps out, a plan that the store cannot follow.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from pipeline.ledger import Ledger
+from pipeline.records import Event, LedgerEntry, VersionManifest
+from pipeline.runs import Plan, begin
+from pipeline.states import (
+    RELEASED,
+    ancestry,
+    current_version,
+    excluded,
+    published_versions,
+    purged_versions,
+    put_back,
+    request_states,
+)
+from pipeline.undo import left_out_of, memorised_in, recipe
+from pipeline.vault import Vault
+from pipeline.versions import VersionStore
+from pipeline.workspace import Workspace
+
+
+def plan_reinstatement(workspace: Workspace, requests: Sequence[str], actor: str, reason: str) -> Plan | None:
+    """Plan a run that puts texts back, and record the plan before anything is done.
+
+    The same steps may have taken out texts of other requests, and later steps may have leaned on them: everything that
+    stays out is screened again on what is left, and what came back is worked on again in the same run.
+
+    Args:
+        workspace: The workspace, locked for writing.
+        requests: Ids of countered or withdrawn requests.
+        actor: Who asked for it, for the ledger.
+        reason: Why, in words that may stay for ever: no names, no text.
+
+    Returns:
+        The plan; None when the version in force was not made without these texts, so that nothing has to be done but to
+        put the reinstatement on record, which this does.
+
+    Raises:
+        UsageError: No reason, a text that other requests keep out, or what `steps_to_leave_out` says.
+    """
+    if not reason.strip():
+        raise UsageError("A reinstatement needs a reason: it stays on record. Give one with --reason.")
+    chosen = sorted(set(requests))
+    with Ledger.open(workspace.ledger) as ledger:
+        entries = ledger.entries()
+        left_out = steps_to_leave_out(workspace, entries, chosen)
+        stay = sorted(excluded(entries, current_version(entries)).keys() - set(chosen))
+        if problems := _kept_out(workspace, chosen, stay):
+            raise UsageError("\n  ".join(["Nothing was changed.", *problems]))
+        if not left_out:
+            data: dict[str, object] = {"reason": reason}
+            ledger.append(*(Event(kind="reinstated", actor=actor, request_id=name, data=data) for name in chosen))
+            return None
+        return begin(workspace, ledger, actor, stay, chosen, left_out)
+
+
+def steps_to_leave_out(
+    workspace: Workspace, entries: Sequence[LedgerEntry], requests: Sequence[str]
+) -> tuple[int, ...]:  # fmt: skip
+    """The versions whose steps are left out to put texts back, newest first; none where none was made without them.
+
+    Raises:
+        UsageError: A request is unknown, on hold or in another state, or its step was purged.
+        StoreDamaged: A manifest is not the one that the ledger names.
+    """
+    parent, known = current_version(entries), published_versions(entries)
+    store = VersionStore(workspace.versions, known)
+    manifests = {v: store.manifest(v) for v in ancestry(known, parent)}
+    steps = {name: steps_of(manifests, name) for name in requests}
+    if problems := _problems(requests, entries):
+        raise UsageError("\n  ".join(["Nothing was changed.", *problems]))
+    left_out = tuple(sorted({step for found in steps.values() for step in found}, reverse=True))
+    gone = sorted(recipe(store.manifest, parent, left_out).keys() & purged_versions(entries).keys())
+    if gone:
+        listed = ", ".join(f"v{version}" for version in gone)
+        raise UsageError(
+            f"{', '.join(requests)}: the weights of {listed} were purged, so what the step changed is not known any "
+            "more. Nothing was changed."
+        )
+    return left_out
+
+
+def steps_of(manifests: Mapping[int, VersionManifest], request_id: str) -> tuple[int, ...]:
+    """The versions whose steps took a request's text out and were not left out since; newest first.
+
+    Args:
+        manifests: From v0 to the version in force, each made from the one before.
+        request_id: The request.
+    """
+    already = {step for manifest in manifests.values() for step in left_out_of(manifest)}
+    return tuple(
+        v for v, m in sorted(manifests.items(), reverse=True) if v not in already and request_id in memorised_in(m)
+    )  # fmt: skip
+
+
+def _problems(chosen: Iterable[str], entries: Sequence[LedgerEntry]) -> list[str]:
+    """What speaks against each request by itself."""
+    problems, states = [], request_states(entries)
+    back = put_back(entries, current_version(entries))
+    for name in chosen:
+        state = states.get(name)
+        if state is None:
+            problems.append(f"{name!r}: no such request. `takedown status` lists all.")
+        elif state.on_hold:
+            problems.append(f"{name}: is on hold. Release it first.")
+        elif name in back:
+            problems.append(f"{name}: was put back in v{back[name]} already.")
+        elif state.state not in RELEASED:
+            problems.append(
+                f"{name}: is {state.state}; only what was countered or withdrawn is reinstated. Record that first with "
+                "`takedown counter` or `takedown withdraw`."
+            )
+    return problems
+
+
+def _kept_out(workspace: Workspace, chosen: Sequence[str], out: Iterable[str]) -> list[str]:
+    """Requests whose text is, by the rule for repeats, also that of others which stand."""
+    from pipeline.dedupe import dedupe
+    from pipeline.index import DedupeIndex  # datasketch takes long to import
+
+    vault = Vault(workspace.vault)
+    with (
+        tempfile.TemporaryDirectory(prefix=".reinstate-", dir=workspace.index) as folder,
+        DedupeIndex.open(Path(folder)) as index,
+    ):
+        for name in out:
+            index.add(name, vault.get(name).text)
+        decisions = dedupe([vault.get(name) for name in chosen], index, workspace.settings().dedupe)
+    others = {d.request_id: [e.request_id for e in d.evidence if e.request_id not in chosen] for d in decisions}
+    return [
+        f"{d.request_id}: its text is out for {', '.join(others[d.request_id])}, too. Reinstate those with it."
+        for d in decisions
+        if d.verdict == "repeat"
+    ]

@@ -1,0 +1,118 @@
+"""The reading verbs on a history without a language model: what they refuse to show, and what they say beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from histories import array_model, make_step, start_history
+from tampered.calls import Answer, takedown
+from tampered.scene import rechain, settle, sql
+from workspaces import copied
+
+from pipeline.workspace import Workspace
+
+READING = (
+    "status", "log", "show v1", "show TD-1", "versions", "diff v0 v1", "first-version TD-1", "export --out out",
+    "report --out page.html",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """v1 without TD-1, v2 without TD-2."""
+    folder = tmp_path_factory.mktemp("made")
+    workspace = start_history(folder / "store", array_model(folder / "model"))
+    make_step(workspace, "TD-1")
+    make_step(workspace, "TD-2")
+    settle(workspace)
+    return workspace.root
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Workspace:
+    return copied(made, tmp_path / "store")
+
+
+def call(store: Workspace, command: str) -> Answer:
+    return takedown("-w", "store", *command.split(), folder=store.root.parent)
+
+
+# --- what is shown is what was signed ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", READING)
+def test_entries_that_nobody_signed_are_not_shown(store: Workspace, verb: str) -> None:
+    """The chain by itself holds: somebody without the key changed an entry and computed all digests anew."""
+    assert call(store, verb).code == 0
+    rechain(store, lambda rows: rows[1][1].update(actor="nobody"))
+    found = call(store, verb)
+    assert found.code == 1 and "are not those of its last signed checkpoint" in found.err
+    assert "takedown verify" in found.err and not found.out
+
+
+@pytest.mark.parametrize("verb", READING)
+def test_who_may_not_read_the_public_key_is_told(store: Workspace, verb: str) -> None:
+    """A link that leads to itself cannot be read, as a file of another user; here, root may read all of those."""
+    (store.keys / "log.pub").unlink()
+    (store.keys / "log.pub").symlink_to("log.pub")
+    found = call(store, verb)
+    assert found.code == 0 or verb.startswith("report")
+    assert verb.startswith("report") or "Whose entries these are was not checked." in found.err
+    sql(store, "DELETE FROM entries WHERE seq = 3")
+    assert call(store, verb).code == 1, "the chain is checked all the same"
+
+
+def test_a_signature_is_still_checked_with_the_checkpoint_file_gone(store: Workspace) -> None:
+    store.checkpoint.unlink()
+    assert call(store, "status").code == 0
+    sql(store, "UPDATE checkpoints SET note = replace(note, '—', '-')")
+    found = call(store, "status")
+    assert found.code == 1 and "its newest checkpoint does not hold" in found.err
+
+
+# --- show, verify, certificate ----------------------------------------------------------------------------
+
+
+def test_tensors_are_proven_to_be_in_a_version_not_in_a_request(store: Workspace) -> None:
+    found = call(store, "show TD-1 --tensor layer.0.weight")
+    assert found.code == 2
+    assert "TD-1: is a request; tensors are proven to be in a version." in found.text and "v2" in found.text
+    assert call(store, "show v1 --tensor layer.0.weight").code == 0
+    unknown = call(store, "show TD-9 --tensor layer.0.weight")
+    assert unknown.code == 2 and "no such request or version" in unknown.text
+
+
+def test_verify_without_private_keys_is_sound_and_noted(store: Workspace) -> None:
+    assert "Note:" not in call(store, "verify").text
+    (store.keys / "log.key").unlink()
+    for command in ("verify", "verify --quick", "verify --json"):
+        found = call(store, command)
+        assert found.code == 0 and "Note: nothing can be added here" in found.err and "log.key" in found.err
+    assert json.loads(call(store, "verify --json").out) == []
+
+
+def test_an_unreadable_ledger_is_named_first_and_the_rest_in_one_line(store: Workspace) -> None:
+    store.ledger.write_bytes(b"x" * 5000)
+    found = call(store, "verify --json")
+    breaks = json.loads(found.out)
+    assert found.code == 1
+    assert [b["where"] for b in breaks] == ["ledger.db", "everything else"]
+    assert "is not a readable ledger" in breaks[0]["found"] and "was not checked" in breaks[1]["found"]
+
+
+def test_certificate_since_a_kept_checkpoint(store: Workspace) -> None:
+    kept = store.root.parent / "kept"
+    kept.write_bytes(store.checkpoint.read_bytes())
+    make_step(store, "TD-3")
+    found = call(store, "certificate TD-1 --out out --since kept")
+    assert found.code == 0, found.text
+    assert json.loads((store.root.parent / "out" / "certificate.json").read_bytes())["log"]["since"]
+    kept.write_text("no checkpoint")
+    refused = call(store, "certificate TD-1 --out again --since kept")
+    assert refused.code == 1 and "kept: is no checkpoint of this lineage" in refused.text
+    assert call(store, "certificate TD-1 --out again --since absent").code == 2
+    assert not (store.root.parent / "again").exists()
+    plain = call(store, "certificate TD-1 --out plain --json")
+    assert "since" not in json.loads(plain.out)["log"]
