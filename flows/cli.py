@@ -26,7 +26,7 @@ from pipeline.display import plain
 from pipeline.errors import InvalidInput, TakedownError
 from pipeline.history import read_entries, step_view
 from pipeline.records import Comparison, Evaluation, Publication
-from pipeline.reinstate import steps_to_leave_out
+from pipeline.reinstate import check_reinstatement
 from pipeline.requests import Kind, note
 from pipeline.states import current_version, request_states
 from pipeline.versions import VersionStore
@@ -308,6 +308,8 @@ def rollback(
         say(f"It does not hold what was put back for {', '.join(done.taken_again)}; `reinstate` makes a new version.")
     if done.put_back:
         say(f"It puts back again: {', '.join(done.put_back)}.")
+    if done.reopened:
+        say(f"Answered as not memorised on another version, and waiting again: {', '.join(done.reopened)}.")
 
 
 @app.command()
@@ -421,8 +423,9 @@ def reinstate(
     """
     workspace = opened(context)
     workspace.settings()
+    requests = sorted(set(requests))
     with writing(workspace):  # what speaks against it is told before Prefect takes its time to start
-        steps_to_leave_out(workspace, read_entries(workspace), requests)
+        check_reinstatement(workspace, read_entries(workspace), requests, reason)
     from flows.environment import prepare
 
     prepare(workspace.root)

@@ -289,17 +289,17 @@ def first_version(context: typer.Context, request: str, as_json: Json = False) -
     states = request_states(entries)
     if request not in states:
         raise UsageError(f"{plain(request)}: no such request. `takedown status` lists all.")
-    state = states[request]
-    found = request in excluded(entries, current_version(entries))
+    state, current = states[request], current_version(entries)
+    found = excluded(entries, current).get(request)
     store = VersionStore(workspace.versions, published_versions(entries))
-    manifest = store.manifest(state.version) if found and state.version is not None else None
+    manifest = store.manifest(found.version) if found and found.version is not None else None
     if as_json:
         show_json({"request_id": request, "state": state.state, "version": manifest.version if manifest else None,
                    "root": manifest.root if manifest else None})  # fmt: skip
     elif manifest:
         say(f"v{manifest.version}  {manifest.root}")
     else:
-        say(f"None: {request} is {state_words(state)} in the current version v{current_version(entries)}.")
+        say(f"None: no version that v{current} is made of excludes {request}, which is {state_words(state)}.")
     if manifest is None:
         raise typer.Exit(1)
 

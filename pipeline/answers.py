@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from pipeline.context import forget_spans, model_folder
+from pipeline.context import first_worked_on, forget_spans, model_folder
 from pipeline.errors import StoreDamaged
 from pipeline.evidence import all_evidence, checks_root, decisions, keep
 from pipeline.index import DedupeIndex
@@ -79,7 +79,10 @@ def _events(run: Run, store: VersionStore, actor: str, reason: str) -> list[Even
         version, data = _publish_version(run, spans)
         events.append(Event(kind="published", actor=actor, version=version, run_id=run.run_id, data=data))
     if run.plan.reinstates:
-        return [*events, *_reinstated(run, actor, version, reason)]
+        fresh = first_worked_on(run) if version is not None else []
+        answers = _decisions(run, actor, deduped, screened, verdict, version)
+        events += [*_reinstated(run, actor, version, reason), *(e for e in answers if e.request_id in fresh)]
+        return [*events, *_measured(run, actor, version)]
     return [*events, *_decisions(run, actor, deduped, screened, verdict, version), *_measured(run, actor, version)]
 
 
@@ -150,7 +153,7 @@ def _publish_version(run: Run, spans: Mapping[str, Sequence[PassageSpan]]) -> tu
         parent=parent,
         created_at=datetime.now(UTC),
         run_id=run.run_id,
-        requests=() if run.plan.reinstates else tuple(spans),
+        requests=tuple(first_worked_on(run) if run.plan.reinstates else spans),
         settings=run.settings.model_dump(mode="json"),
         report={
             **_trained(run, spans),

@@ -40,7 +40,7 @@ from pipeline.notes import MAX_NOTE_BYTES, read_checkpoint
 from pipeline.records import Comparison, Evaluation, LedgerEntry, NeverSeenLevel, Record, TextScore
 from pipeline.report_svg import plain_text
 from pipeline.report_words import decimal
-from pipeline.states import RequestState, ancestry, current_version, published_versions, request_states
+from pipeline.states import RequestState, ancestry, current_version, published_versions, put_back, request_states
 from pipeline.vault import Vault
 from pipeline.versions import SIGNATURE, VersionStore
 from pipeline.workspace import Workspace
@@ -421,6 +421,11 @@ def _case(log: _Log, request_id: str) -> _Case:
     path = ancestry(published_versions(log.entries), current)
     if version not in path:
         raise refuse(f"was answered on v{version}, but v{current} is in force, which was not made from it")
+    after = [
+        v for v in put_back(log.entries, current).values() if v > version and decision.event.kind != "verified"
+    ]  # fmt: skip
+    if after:
+        raise refuse(f"was answered on v{version}; v{after[0]} put other texts back since, and its answer is older")
     if decision.event.data.get("evidence"):
         raise UsageError(
             f"request {request_id!r}: the entry that answers it ({decision.seq}) names other requests that its text "

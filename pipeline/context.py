@@ -33,7 +33,7 @@ from pipeline.records import (
 )
 from pipeline.runs import Run, open_run
 from pipeline.settings import Settings
-from pipeline.states import ancestry, excluded, published_versions, purged_versions
+from pipeline.states import ancestry, excluded, published_versions, purged_versions, request_states
 from pipeline.undo import memorised_in
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
@@ -89,12 +89,30 @@ def passages_at(
 
 
 def earlier_spans(run: Run) -> dict[str, list[PassageSpan]]:
-    """The passages that the parent was made to forget and must still not know, by request."""
+    """The passages that the parent was made to forget and must still not know, by request.
+
+    In a reinstatement also those of the same requests that are memorised where the step starts.
+    """
     with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
         still = excluded(ledger.entries(), run.plan.parent).keys() - set(run.plan.reinstates)
+    spans = {name: found for name, found in forgotten_spans(run).items() if name in still}
     if not run.plan.reinstates:
-        still -= set(run.plan.requests)
-    return {name: found for name, found in forgotten_spans(run).items() if name in still}
+        return {name: found for name, found in spans.items() if name not in run.plan.requests}
+    fresh, again = set(first_worked_on(run)), forget_spans(run)
+    return {
+        name: sorted({*spans.get(name, ()), *again.get(name, ())}, key=lambda s: (s.prompt_start, s.start, s.end))
+        for name in sorted(spans.keys() | again.keys())
+        if name not in fresh
+    }
+
+
+def first_worked_on(run: Run) -> list[str]:
+    """Requests that a reinstatement works on for the first time: they had been repeats, or not memorised."""
+    with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
+        states = request_states(ledger.entries())
+    if not run.plan.reinstates:
+        return []
+    return [name for name in forget_spans(run) if states[name].state in ("repeat", "not-memorised")]
 
 
 def reinstated_spans(run: Run) -> dict[str, list[PassageSpan]]:
@@ -103,7 +121,7 @@ def reinstated_spans(run: Run) -> dict[str, list[PassageSpan]]:
 
 
 def scores_before(run: Run) -> dict[str, TextScore]:
-    """How the texts to be put back scored before they were first taken out, as the ledger has it."""
+    """How the texts to be put back scored before they were first taken out, as far as the ledger has it."""
     with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
         return {
             name: TextScore.model_validate(e.event.data.get("before"))

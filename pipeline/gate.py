@@ -36,7 +36,9 @@ def decide(evaluation: Evaluation, original: Mapping[str, TextScore], limits: Ga
             )
     for item in evaluation.of("reinstated"):
         found, level = item.after.exact_memorisation, evaluation.level.mean
-        floor = level + limits.reinstated_share * (original[item.name].exact_memorisation - level)
+        earlier = original.get(item.name)
+        # What has no measurement of its own, such as a repeat, must at least be above the limit of what is out.
+        floor = level + limits.reinstated_share * (earlier.exact_memorisation - level) if earlier else ceiling
         if found < floor - ROUNDING:
             reasons.append(
                 f"{item.name} (reinstated): exact memorisation {found:.3f} is below {floor:.3f}, so the text did not "

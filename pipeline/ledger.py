@@ -650,9 +650,12 @@ class Ledger:
             return [Break(where=where, found=unreadable(error), means=means)]
         if str(newest).encode("utf-8", "surrogateescape") in (found, before):
             return []
-        if (contradiction := self._contradicted(found, hashes)) is not None:
+        # A copy that changed meanwhile is a running writer's, and may sign more than was read here.
+        if (contradiction := self._contradicted(before if found != before else found, hashes)) is not None:
             means = "The ledger was cut back or rewritten after this checkpoint was signed, or is an older copy."
             return [Break(where=where, found=contradiction, means=means)]
+        if found != before:
+            return []
         means = (
             "It is older than the ledger: a command was interrupted, and the next writing one mends it; or it was "
             "exchanged. Compare with a checkpoint kept elsewhere: takedown verify --checkpoint FILE."

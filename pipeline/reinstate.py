@@ -23,6 +23,7 @@ from pipeline.states import (
     purged_versions,
     put_back,
     request_states,
+    stays_out,
 )
 from pipeline.undo import left_out_of, memorised_in, recipe
 from pipeline.vault import Vault
@@ -47,40 +48,59 @@ def plan_reinstatement(workspace: Workspace, requests: Sequence[str], actor: str
         put the reinstatement on record, which this does.
 
     Raises:
-        UsageError: No reason, a text that other requests keep out, or what `steps_to_leave_out` says.
+        UsageError: See `check_reinstatement`.
     """
-    if not reason.strip():
-        raise UsageError("A reinstatement needs a reason: it stays on record. Give one with --reason.")
     chosen = sorted(set(requests))
     with Ledger.open(workspace.ledger) as ledger:
         entries = ledger.entries()
-        left_out = steps_to_leave_out(workspace, entries, chosen)
-        stay = sorted(excluded(entries, current_version(entries)).keys() - set(chosen))
-        if problems := _kept_out(workspace, chosen, stay):
-            raise UsageError("\n  ".join(["Nothing was changed.", *problems]))
+        left_out = check_reinstatement(workspace, entries, chosen, reason)
         if not left_out:
             data: dict[str, object] = {"reason": reason}
             ledger.append(*(Event(kind="reinstated", actor=actor, request_id=name, data=data) for name in chosen))
             return None
-        return begin(workspace, ledger, actor, stay, chosen, left_out)
+        return begin(workspace, ledger, actor, stays_out(entries, left_out, chosen), chosen, left_out)
+
+
+def check_reinstatement(
+    workspace: Workspace, entries: Sequence[LedgerEntry], requests: Sequence[str], reason: str
+) -> tuple[int, ...]:
+    """Everything that speaks against a reinstatement, all at once.
+
+    Returns:
+        The versions whose steps are left out, newest first; none where none was made without the texts.
+
+    Raises:
+        UsageError: No reason; a request is unknown, on hold or in another state; its text is that of others, too; its
+            step took out what is withdrawn or on hold; or the weights of its step were purged.
+        StoreDamaged: A manifest is not the one that the ledger names.
+    """
+    if not reason.strip():
+        raise UsageError("A reinstatement needs a reason: it stays on record. Give one with --reason.")
+    _stop(_problems(requests, entries))
+    left_out, shared = steps_to_leave_out(workspace, entries, requests)
+    stay = set(excluded(entries, current_version(entries))) - set(requests)
+    _stop(_shared_steps(shared, entries, requests) + _kept_out(workspace, requests, stay))
+    return left_out
+
+
+def _stop(problems: Sequence[str]) -> None:
+    if problems:
+        raise UsageError("\n  ".join(["Nothing was changed.", *problems]))
 
 
 def steps_to_leave_out(
     workspace: Workspace, entries: Sequence[LedgerEntry], requests: Sequence[str]
-) -> tuple[int, ...]:  # fmt: skip
-    """The versions whose steps are left out to put texts back, newest first; none where none was made without them.
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The versions whose steps are left out to put texts back, newest first, and all requests of these steps.
 
     Raises:
-        UsageError: A request is unknown, on hold or in another state, or its step was purged.
+        UsageError: Their weights were purged.
         StoreDamaged: A manifest is not the one that the ledger names.
     """
     parent, known = current_version(entries), published_versions(entries)
     store = VersionStore(workspace.versions, known)
     manifests = {v: store.manifest(v) for v in ancestry(known, parent)}
-    steps = {name: steps_of(manifests, name) for name in requests}
-    if problems := _problems(requests, entries):
-        raise UsageError("\n  ".join(["Nothing was changed.", *problems]))
-    left_out = tuple(sorted({step for found in steps.values() for step in found}, reverse=True))
+    left_out = tuple(sorted({s for name in requests for s in steps_of(manifests, name)}, reverse=True))
     gone = sorted(recipe(store.manifest, parent, left_out).keys() & purged_versions(entries).keys())
     if gone:
         listed = ", ".join(f"v{version}" for version in gone)
@@ -88,7 +108,7 @@ def steps_to_leave_out(
             f"{', '.join(requests)}: the weights of {listed} were purged, so what the step changed is not known any "
             "more. Nothing was changed."
         )
-    return left_out
+    return left_out, tuple(sorted({name for step in left_out for name in memorised_in(manifests[step])}))
 
 
 def steps_of(manifests: Mapping[int, VersionManifest], request_id: str) -> tuple[int, ...]:
@@ -124,14 +144,27 @@ def _problems(chosen: Iterable[str], entries: Sequence[LedgerEntry]) -> list[str
     return problems
 
 
+def _shared_steps(shared: Iterable[str], entries: Sequence[LedgerEntry], requests: Sequence[str]) -> list[str]:
+    """Requests of the same steps that would come back unasked, or that no run may work on."""
+    states, problems = request_states(entries), []
+    for name in sorted(set(shared) - set(requests)):
+        if states[name].state == "withdrawn":
+            problems.append(f"{name}: was taken out in the same step and is withdrawn. Reinstate it with them.")
+        elif states[name].on_hold:
+            problems.append(f"{name}: was taken out in the same step and is on hold. Release it first.")
+    return problems
+
+
 def _kept_out(workspace: Workspace, chosen: Sequence[str], out: Iterable[str]) -> list[str]:
     """Requests whose text is, by the rule for repeats, also that of others which stand."""
     from pipeline.dedupe import dedupe
     from pipeline.index import DedupeIndex  # datasketch takes long to import
 
     vault = Vault(workspace.vault)
+    workspace.runs.mkdir(exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(prefix=".reinstate-", dir=workspace.index) as folder,
+        # Where what a killed process leaves is removed by the next run.
+        tempfile.TemporaryDirectory(prefix=".check-", dir=workspace.runs) as folder,
         DedupeIndex.open(Path(folder)) as index,
     ):
         for name in out:

@@ -42,6 +42,7 @@ EVENTS = {
     "countered": "counter-notice received",
     "withdrawn": "withdrawn",
     "reinstated": "text put back",
+    "reopened": "waiting again: answered on a version not in force",
     "hold": "put on legal hold",
     "released": "released from legal hold",
     "rolled-back": "rolled back",

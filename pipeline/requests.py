@@ -44,6 +44,8 @@ def note(workspace: Workspace, kind: Kind, request_id: str, actor: str, reason: 
             raise UsageError(f"{request_id!r}: no such request. `takedown status` lists all.")
         if kind in HOLDS and state.on_hold == HOLDS[kind]:
             raise UsageError(f"{request_id}: is {'on hold already' if state.on_hold else 'not on hold'}.")
+        if kind not in HOLDS and state.state == "reinstated":
+            raise UsageError(f"{request_id}: its text was put back. Who claims it anew sends a new request.")
         if kind not in HOLDS and state.state not in NEXT[kind]:
             raise UsageError(f"{request_id}: is {state.state}, so it cannot be {kind}.")
         ledger.append(Event(kind=kind, actor=actor, request_id=request_id, data={"reason": reason}))

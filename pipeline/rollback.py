@@ -12,19 +12,11 @@ from collections.abc import Sequence
 from pipeline.errors import Refused, UsageError
 from pipeline.ledger import Ledger
 from pipeline.records import Event, LedgerEntry, Record
-from pipeline.states import (
-    NEXT,
-    ancestry,
-    brought_back,
-    current_version,
-    published_versions,
-    purged_versions,
-    put_back,
-    request_states,
-    taken_again,
-)
+from pipeline.states import current_version, last_words, published_versions, purged_versions, turn
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
+
+_OVERRIDE = "to do it nevertheless, on record, add --override."
 
 
 class Rollback(Record):
@@ -38,6 +30,7 @@ class Rollback(Record):
         out_again: Requests that had come back by an earlier rollback and that this version excludes.
         taken_again: Reinstated requests whose text this version excludes still; reinstating makes a new version.
         put_back: Requests that this version reinstates, after a rollback to one that excluded them.
+        reopened: Requests that were answered as not memorised on a version that this one was not made from; they wait.
     """
 
     left: int
@@ -46,6 +39,7 @@ class Rollback(Record):
     out_again: tuple[str, ...]
     taken_again: tuple[str, ...]
     put_back: tuple[str, ...]
+    reopened: tuple[str, ...]
 
 
 def roll_back(workspace: Workspace, version: int, actor: str, reason: str, override: bool = False) -> Rollback:
@@ -76,79 +70,58 @@ def roll_back(workspace: Workspace, version: int, actor: str, reason: str, overr
             raise UsageError(f"v{version}: is the current version already. Nothing was changed.")
         if version in purged_versions(entries):
             raise UsageError(f"v{version}: its weights were purged. Choose a version that is still there.")
-        back, out = brought_back(entries, version), taken_again(entries, version)
-        if back and not override:
+        turned = turn(entries, version)
+        if turned.brought_back and not override:
             raise Refused(
-                f"v{version}: still holds what was taken out for {', '.join(back)}. Nothing was changed; to bring it "
-                "back nevertheless, on record, add --override."
+                f"v{version}: still holds what was taken out for {', '.join(turned.brought_back)}. Nothing was "
+                f"changed; {_OVERRIDE}"
             )
-        if out and not override:
+        if turned.taken_again and not override:
             raise Refused(
-                f"v{version}: does not hold what was put back for {', '.join(out)}. Nothing was changed; to take it "
-                "out again nevertheless, on record, add --override."
+                f"v{version}: does not hold what was put back for {', '.join(turned.taken_again)}. Nothing was "
+                f"changed; {_OVERRIDE}"
             )
         store.check_restores(store.manifest(version))
-        again, states = _out_again(entries, version), request_states(entries)
-        returns = {n: v for n, v in put_back(entries, version).items() if states[n].state in NEXT["reinstated"]}
-        data: dict[str, object] = {"left": left, "reason": reason, "override": override, "brought_back": list(back)}
+        again = _measured(entries, version, turned.out_again)
+        data: dict[str, object] = {
+            "left": left, "reason": reason, "override": override, "brought_back": list(turned.brought_back)
+        }  # fmt: skip
+        cause = {"cause": "rollback"}
         ledger.append(
             Event(kind="rolled-back", actor=actor, version=version, data=data),
             *(
-                Event(kind="regressed", actor=actor, version=version, request_id=name, data={"cause": "rollback"})
-                for name in back
+                Event(kind="regressed", actor=actor, version=version, request_id=name, data=cause)
+                for name in turned.brought_back
             ),
+            # The weights are those that were measured: what was found on them holds again.
+            *(event.model_copy(update={"actor": actor}) for event in again),
+            # What led to the reinstatement stands again: it can be reinstated once more, in a new version.
+            *(Event(kind=kind, actor=actor, request_id=name, data=cause) for name, kind in turned.taken_again.items()),
             *(
-                # The weights are those that were measured: what was found on them holds again.
-                Event(
-                    kind="verified",
-                    actor=actor,
-                    version=event.version,
-                    request_id=event.request_id,
-                    run_id=event.run_id,
-                    data=event.data,
-                )
-                for event in again
+                Event(kind="reinstated", actor=actor, request_id=name, version=v, data=cause)
+                for name, v in turned.put_back.items()
             ),
-            *(
-                # What led to the reinstatement stands again: it can be reinstated once more, in a new version.
-                Event(kind=kind, actor=actor, request_id=name, data={"cause": "rollback"})
-                for name, kind in out.items()
-            ),
-            *(
-                Event(kind="reinstated", actor=actor, request_id=name, version=v, data={"cause": "rollback"})
-                for name, v in returns.items()
-            ),
+            *(Event(kind="reopened", actor=actor, request_id=name, data=cause) for name in turned.reopened),
         )
     return Rollback(
         left=left,
         version=version,
-        brought_back=back,
+        brought_back=turned.brought_back,
         out_again=tuple(str(event.request_id) for event in again),
-        taken_again=tuple(out),
-        put_back=tuple(returns),
+        taken_again=tuple(turned.taken_again),
+        put_back=tuple(turned.put_back),
+        reopened=turned.reopened,
     )
 
 
-def _out_again(entries: Sequence[LedgerEntry], version: int) -> list[Event]:
-    """The measurements of requests that came back by an earlier rollback and that this version excludes after all."""
-    path = ancestry(published_versions(entries), version)
-    states, back = request_states(entries), put_back(entries, version)
-    came_back = {
-        e.event.request_id: states[e.event.request_id].version
-        for e in entries
-        if e.event.request_id in states
-        and e.event.request_id not in back
-        and e.event.kind == "regressed"
-        and e.at == states[e.event.request_id].decided_at
-        and e.event.data.get("cause") == "rollback"
-        and states[e.event.request_id].state == "regressed"
-    }
+def _measured(entries: Sequence[LedgerEntry], version: int, requests: Sequence[str]) -> list[Event]:
+    """What was measured of requests on the version that takes their text out of this one; repeats have nothing."""
+    words = last_words(entries, version)
     found = {
         e.event.request_id: e.event
         for e in entries
         if e.event.kind == "verified"
-        and e.event.request_id in came_back
-        and e.event.version == came_back[e.event.request_id]
-        and e.event.version in path
+        and e.event.request_id in requests
+        and e.event.version == words[str(e.event.request_id)].version
     }
     return list(found.values())

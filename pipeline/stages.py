@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.bench import Bench, has_repair
 from pipeline.context import (
     earlier_spans,
+    first_worked_on,
     flatten,
     forget_spans,
     model_folder,
@@ -59,8 +60,8 @@ from pipeline.records import (
     TextScore,
     Verdict,
 )
-from pipeline.runs import Run, open_run
-from pipeline.safefile import read_header
+from pipeline.runs import DAMAGED_RUN, Run, open_run
+from pipeline.safefile import model_root, read_header
 from pipeline.saliency import WeightedPassages, accumulate_gradients, select
 from pipeline.sparse import Mask, Vector, load_mask, load_vector, save_mask
 from pipeline.states import excluded, published_versions
@@ -104,16 +105,25 @@ def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
 
 
 def leave_out_stage(workspace_root: str, run_id: str) -> LeftOut:
-    """Write what a reinstatement starts from: the parent without the vectors of the steps that are left out."""
+    """Write what a reinstatement starts from: the parent without the vectors of the steps that are left out.
+
+    Raises:
+        StoreDamaged: It cannot be made, or comes out differently from the first time.
+    """
     run = open_run(workspace_root, run_id)
+    start = run.folder / "start"
 
     def compute() -> LeftOut:
         with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
             store = VersionStore(run.workspace.versions, published_versions(ledger.entries()))
         parent = model_folder(run, run.plan.parent)
-        return leave_out(store, run.plan.parent, run.plan.left_out, parent, run.folder / "start")
+        return leave_out(store, run.plan.parent, run.plan.left_out, parent, start)
 
-    return run.stage("leave-out", LeftOut, (), compute)
+    done = run.stage("leave-out", LeftOut, (), compute)
+    # A resumed run finds the folder as a killed process, or anybody, left it; nothing else would notice.
+    if (not start.is_dir() or model_root(start) != done.root) and compute() != done:
+        raise StoreDamaged(f"{start}: comes out differently from the first time. {DAMAGED_RUN}")
+    return done
 
 
 def screen(workspace_root: str, run_id: str) -> ScreenReport:
@@ -244,7 +254,10 @@ def merge_stage(workspace_root: str, run_id: str) -> MergeReport:
     start = start_folder(run)
     if not forget_spans(run):
         left = run.finished("leave-out", LeftOut)
-        return run.stage("merge", MergeReport, (left,), lambda: _merged(run, {}, {}, 0.0, {}))
+        made = run.stage("merge", MergeReport, (left,), lambda: _merged(run, {}, {}, 0.0, {}))
+        if made.root != left.root:
+            raise StoreDamaged(f"{run.folder / 'candidate'}: is not the model without these steps. {DAMAGED_RUN}")
+        return made
     step, masked = run.finished("repair", Step), run.finished("saliency", MaskReport)
 
     def compute() -> MergeReport:
@@ -270,7 +283,8 @@ def _merged(run: Run, mask: Mask, vector: Vector, alpha: float, names: Mapping[s
 def evaluate(workspace_root: str, run_id: str) -> Evaluation:
     """Measure parent and candidate on this step, every earlier request, kept works and held-out text.
 
-    In a reinstatement every request that stays out is an earlier one, worked on again or not.
+    In a reinstatement a request that stays out is an earlier one, worked on again or not, but where it is worked on for
+    the first time.
     """
     run = open_run(workspace_root, run_id)
     merged = run.finished("merge", MergeReport)
@@ -281,23 +295,23 @@ def evaluate(workspace_root: str, run_id: str) -> Evaluation:
         vault, found = Vault(workspace.vault), reference(workspace_root, run_id)
         deduped = run.finished("dedupe", DedupeReport)
         verdicts = {d.request_id: d.verdict for d in deduped.decisions}
-        forget = passages_at(tokenizer, vault, {} if run.plan.reinstates else forget_spans(run))
-        rest = (
-            {}
-            if run.plan.reinstates
-            else {
-                name: passages_of(encode(tokenizer, name, vault.get(name).text), settings.passages)
-                for name in run.plan.requests
-                if name not in forget
-            }
-        )
+        fresh, earlier_texts = first_worked_on(run), earlier_spans(run)
+        forget = passages_at(
+            tokenizer, vault,
+            {n: s for n, s in forget_spans(run).items() if n in fresh or not run.plan.reinstates},
+        )  # fmt: skip
+        rest = {
+            name: passages_of(encode(tokenizer, name, vault.get(name).text), settings.passages)
+            for name in run.plan.requests
+            if name not in forget and name not in earlier_texts
+        }
         excluded = {e.document for e in deduped.retain_excluded}
         kept = reference_passages(tokenizer, read_texts(workspace, "kept"), "kept", settings)
         kept = {name: passages for name, passages in kept.items() if name not in excluded}
         held = reference_passages(tokenizer, read_texts(workspace, "heldout"), "heldout", settings)
         roles = {name: {"folded": "folded", "repeat": "repeat"}.get(verdicts[name], "this") for name in forget}
         roles |= dict.fromkeys(rest, "not-memorised")
-        earlier = passages_at(tokenizer, vault, earlier_spans(run))
+        earlier = passages_at(tokenizer, vault, earlier_texts)
         back = passages_at(tokenizer, vault, reinstated_spans(run))
         roles |= dict.fromkeys(earlier, "earlier") | dict.fromkeys(back, "reinstated") | dict.fromkeys(kept, "kept")
         recited = {**forget, **rest, **earlier, **back, **kept}

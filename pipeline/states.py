@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from pipeline.errors import NotAWorkspace, StoreDamaged
-from pipeline.records import LedgerEntry, Record
+from pipeline.records import Event, LedgerEntry, Record
 
 State = Literal[
     "waiting", "repeat", "folded", "empty", "not-memorised", "applied", "verified", "refused", "regressed",
@@ -30,17 +30,25 @@ RELEASED = ("countered", "withdrawn")
 
 NEXT: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(DECISIONS, TO_DO),
-    "verified": ("applied", "folded", "regressed"),
+    # From a repeat, or from not memorised: a reinstatement brought the text back, and its run took it out again.
+    **dict.fromkeys(("applied", "folded"), (*TO_DO, "repeat", "not-memorised")),
+    # From refused: a rollback to a version that excludes the text.
+    "verified": ("applied", "folded", "regressed", "refused"),
     "regressed": ("applied", "verified", "folded", "repeat", "countered"),
-    # After a reinstatement: a rollback to a version that leaves the text out still.
+    # From reinstated: a rollback to a version that leaves the text out still.
     "countered": (*TO_DO, "applied", "verified", "folded", "repeat", "reinstated"),
     "withdrawn": (
         *TO_DO, "applied", "verified", "folded", "repeat", "not-memorised", "empty", "countered", "reinstated",
     ),
-    # After `regressed`: a rollback to the version that put the text back on purpose.
-    "reinstated": (*RELEASED, "regressed"),
+    # From what is to be done: a rollback to the version that put the text back on purpose.
+    "reinstated": (*RELEASED, "regressed", "refused"),
+    "reopened": ("not-memorised",),
 }  # fmt: skip
-"""Event → states that it may follow. Its name is the state that it leads to."""
+"""Event → states that it may follow. Its name is the state that it leads to; a reopened request is waiting again: the
+version that it was answered on is not in force."""
+
+OUT, IN = ("applied", "folded", "repeat"), ("reinstated", "regressed")
+"""Events that say of a version, which they name, that it excludes a text, or that it holds it."""
 
 HOLDS = {"hold": True, "released": False}
 """Events that put a request on legal hold and end that; its state stays."""
@@ -147,6 +155,8 @@ def _moved(known: RequestState | None, entry: LedgerEntry) -> RequestState | str
         changes["version"] = None  # what was not taken out, or came back, is excluded by no version
     elif event.kind == "reinstated":
         changes["reinstated_in"] = event.version
+    elif event.kind == "reopened":
+        changes |= {"state": "waiting", "decision": None, "version": None, "run_id": None, "decided_at": None}
     return known.model_copy(update=changes)
 
 
@@ -211,49 +221,100 @@ def ancestry(published: Mapping[int, LedgerEntry], version: int) -> tuple[int, .
     return tuple(reversed(path))
 
 
-def excluded(entries: Sequence[LedgerEntry], version: int) -> dict[str, RequestState]:
-    """Requests that a version is meant to exclude: taken out in it or in one that it was made from."""
+def last_words(entries: Sequence[LedgerEntry], version: int) -> dict[str, Event]:
+    """For each request the event that decides whether a version holds its text, whatever its state is now.
+
+    Of all that is said (`OUT`, `IN`) of the version and of those that it was made from, what is said of the newest
+    counts, and of what is said of one version the last.
+    """
     path = set(ancestry(published_versions(entries), version))
-    back = put_back(entries, version)
+    found: dict[str, Event] = {}
+    for entry in entries:
+        event = entry.event
+        if event.kind in OUT + IN and event.version in path and event.request_id is not None:
+            known = found.get(event.request_id)
+            if known is None or known.version is None or event.version >= known.version:
+                found[event.request_id] = event
+    return found
+
+
+def excluded(entries: Sequence[LedgerEntry], version: int) -> dict[str, RequestState]:
+    """Requests that a version is meant to exclude: their text is out of it, and they stand.
+
+    Returns:
+        Their states by id; ``version`` is the first one on the way to this version that excludes the text.
+    """
+    words = last_words(entries, version)
     return {
-        n: s for n, s in request_states(entries).items() if s.state in TAKEN_OUT and s.version in path and n not in back
-    }  # fmt: skip
+        n: s.model_copy(update={"version": words[n].version})
+        for n, s in request_states(entries).items()
+        if s.state in TAKEN_OUT and n in words and words[n].kind in OUT
+    }
 
 
 def put_back(entries: Sequence[LedgerEntry], version: int) -> dict[str, int]:
     """Requests whose text a version, or one that it was made from, put back on purpose, with that version."""
-    path = set(ancestry(published_versions(entries), version))
-    return {
-        str(e.event.request_id): e.event.version
+    words = last_words(entries, version).items()
+    return {n: e.version for n, e in words if e.kind == "reinstated" and e.version is not None}
+
+
+class Turn(Record):
+    """What a rollback means for the requests.
+
+    Attributes:
+        brought_back: Taken out of the current version, and held by the other one.
+        out_again: Came back by a rollback, still to be done, and taken out of the other one.
+        taken_again: Reinstated in the current version, and taken out of the other one; with the event that led to the
+            reinstatement, ``countered`` or ``withdrawn``.
+        put_back: Put back in the other one on purpose, after a counter-notice or withdrawal that stands; with the
+            version that did.
+        reopened: Answered as not memorised on a version that the other one was not made from.
+    """
+
+    brought_back: tuple[str, ...]
+    out_again: tuple[str, ...]
+    taken_again: dict[str, str]
+    put_back: dict[str, int]
+    reopened: tuple[str, ...]
+
+
+def turn(entries: Sequence[LedgerEntry], target: int) -> Turn:
+    """What becomes of each request when another version is put in force."""
+    states, words = request_states(entries), last_words(entries, target)
+    out = {name for name, event in words.items() if event.kind in OUT}
+    back = put_back(entries, target)
+    returns = {n: v for n, v in back.items() if states[n].state in (*RELEASED, "regressed", "refused")}
+    path = set(ancestry(published_versions(entries), target))
+    released = {
+        str(e.event.request_id): e.event.kind
         for e in entries
-        if e.event.kind == "reinstated" and e.event.version is not None and e.event.version in path
+        if e.event.kind in RELEASED and e.event.data.get("cause") != "rollback"
     }
+    came_back = {e.event.request_id: e.event for e in entries if e.event.kind == "regressed"}
+    by_rollback = {str(n) for n, event in came_back.items() if event.data.get("cause") == "rollback"}
+    return Turn(
+        brought_back=tuple(sorted(excluded(entries, current_version(entries)).keys() - out - returns.keys())),
+        out_again=tuple(sorted(n for n in out & by_rollback if states[n].state in ("regressed", "refused"))),
+        taken_again={n: released[n] for n in sorted(out) if states[n].state == "reinstated"},
+        put_back=returns,
+        reopened=tuple(n for n, s in states.items() if s.state == "not-memorised" and s.version not in path),
+    )
 
 
-def brought_back(entries: Sequence[LedgerEntry], target: int) -> tuple[str, ...]:
-    """Requests that the current version excludes and the target does not: what a rollback would bring back.
+def stays_out(entries: Sequence[LedgerEntry], left_out: Sequence[int], reinstates: Iterable[str]) -> tuple[str, ...]:
+    """Requests that a reinstatement must look at, because their text could come back with the one that is put back.
 
-    Not those that the target put back on purpose.
+    Everything that the version in force excludes; and what was answered as not memorised when the text was out already,
+    that is on a version with a step that is left out now.
     """
-    stays = excluded(entries, target).keys() | put_back(entries, target).keys()
-    return tuple(sorted(excluded(entries, current_version(entries)).keys() - stays))
-
-
-def taken_again(entries: Sequence[LedgerEntry], target: int) -> dict[str, str]:
-    """Reinstated requests whose text the target excludes: what a rollback would take out again.
-
-    Returns:
-        Request → the event that led to the reinstatement, ``countered`` or ``withdrawn``.
-    """
-    path, back = set(ancestry(published_versions(entries), target)), put_back(entries, target)
-    out = {
+    current = current_version(entries)
+    path = set(ancestry(published_versions(entries), current))
+    asked = {
         n
         for n, s in request_states(entries).items()
-        if s.state == "reinstated" and s.reinstated_in is not None and s.version in path and n not in back
+        if s.state == "not-memorised" and s.version in path and s.version >= min(left_out)
     }
-    return {
-        str(e.event.request_id): e.event.kind for e in entries if e.event.kind in RELEASED and e.event.request_id in out
-    }
+    return tuple(sorted((excluded(entries, current).keys() | asked) - set(reinstates)))
 
 
 def known_batches(entries: Iterable[LedgerEntry]) -> set[str]:

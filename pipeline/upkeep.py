@@ -6,7 +6,6 @@ stays restorable touched before its new form was made again and compared, a ledg
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +28,6 @@ from pipeline.states import (
 )
 from pipeline.versions import VersionStore, delta_facts
 from pipeline.workspace import Workspace, writing
-
-_RESTORED = re.compile(r"v[0-9]+(\.restored)?")
-"""A version that a run restored for itself, and the mark that it is whole."""
 
 
 class Repacked(Record):
@@ -184,10 +180,8 @@ def purge(workspace: Workspace, before: int, actor: str, reason: str) -> Purged:
         stay |= {store.objects.object_path(digest) for digest in proof}
         destroyed = [path for path in store.objects.files() if path not in stay]
         nbytes = stored_bytes(destroyed)
-        for run in workspace.runs.glob("*"):  # unfinished runs keep restored copies of the versions they read
-            for path in run.iterdir():
-                if _RESTORED.fullmatch(path.name):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for run in workspace.runs.glob("*"):  # unfinished runs keep copies of weights; what they need they make again
+            shutil.rmtree(run)
         store.objects.drop(destroyed)
         ledger.append(Event(kind="purged", actor=actor, data={**data, "files": len(destroyed), "bytes": nbytes}))
     return Purged(versions=gone, files=len(destroyed), nbytes=nbytes)

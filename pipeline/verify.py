@@ -24,7 +24,16 @@ from pipeline.notes import Checkpoint, read_checkpoint
 from pipeline.objects import StoredDelta
 from pipeline.oms import check_model_signature
 from pipeline.records import Break, LedgerEntry, VersionManifest
-from pipeline.states import PUBLISHING, follow, published_versions, purged_versions, unfinished_purge
+from pipeline.states import (
+    OUT,
+    PUBLISHING,
+    current_version,
+    follow,
+    last_words,
+    published_versions,
+    purged_versions,
+    unfinished_purge,
+)
 from pipeline.storecheck import Depth, StoreCheck, manifest_break
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
@@ -403,7 +412,26 @@ def _check_requests(manifests: Mapping[int, VersionManifest], entries: Entries) 
             if request_id not in received:
                 found = f"lists request {request_id}, which no ledger entry received"
                 breaks.append(Break(where=f"v{version}", found=found, means=contradicts))
-    return breaks + _check_runs(entries)
+    return breaks + _check_standing(entries) + _check_runs(entries)
+
+
+def _check_standing(entries: Entries) -> list[Break]:
+    """What counts as taken out must be out of the version in force, by what the ledger says of that and its parents."""
+    states, faults = follow(entries)
+    if faults or not published_versions(entries):
+        return []  # said already
+    current = current_version(entries)
+    words = last_words(entries, current)
+    return [
+        Break(
+            where=f"request {name}",
+            found=f"is {state.state}, but v{current} in force was not made without its text",
+            means="Its text may be in the model, and no run works on it. An entry was removed, or the order changed.",
+        )
+        for name, state in states.items()
+        if state.state in ("applied", "verified", "folded", "repeat")
+        and not (name in words and words[name].kind in OUT)
+    ]
 
 
 def _check_runs(entries: Entries) -> list[Break]:

@@ -17,6 +17,7 @@ from workspaces import (
     UNSEEN,
     WORKS,
     copied,
+    draw_text,
     new_workspace,
     reinstatement,
     step,
@@ -112,21 +113,22 @@ def test_one_text_comes_back_and_the_others_stay_out(workspace: Workspace, tmp_p
     entries = read_entries(workspace)
     assert [(e.event.kind, e.event.request_id, e.event.version) for e in entries[len(before) :]] == [
         ("planned", None, 2), ("accepted", None, 2), ("published", None, 3), ("reinstated", "A", 3),
+        ("folded", "R", 3), ("verified", "R", 3),
     ]  # fmt: skip
     assert entries[len(before)].event.data["left_out"] == [1]
-    assert entries[-1].event.data == {"reason": "licence shown", "left_out": [1]}
+    assert entries[-3].event.data == {"reason": "licence shown", "left_out": [1]}
     assert states(workspace) == {
         "A": "reinstated",
         "D": "verified",
         "N": "not-memorised",
         "G": "verified",
-        "R": "repeat",
+        "R": "verified",
     }
     assert set(excluded(entries, 3)) == {"D", "G", "R"}
     assert set(excluded(entries, 2)) == {"D", "G", "R"}
     assert request_states(entries)["D"].version == 1, "the first version that excludes it is the same"
     manifest = VersionStore(workspace.versions).manifest(3)
-    assert (manifest.parent, manifest.requests, manifest.report["left_out"]) == (2, (), [1])
+    assert (manifest.parent, manifest.requests, manifest.report["left_out"]) == (2, ("R",), [1])
     assert verify(workspace) == []
 
 
@@ -141,7 +143,7 @@ def test_what_was_measured_and_decided_is_evidence(workspace: Workspace) -> None
     left = recall(objects, entry, "leave-out", LeftOut)
     assert evaluation is not None and left is not None
     roles = {c.name: c.role for c in evaluation.comparisons if c.role not in ("kept", "held-out")}
-    assert roles == {"A": "reinstated", "D": "earlier", "G": "earlier"}
+    assert roles == {"A": "reinstated", "D": "earlier", "G": "earlier", "R": "folded"}
     assert left.versions == (1,) and 0 < left.exact <= left.changed
     view = step_view(workspace, run_id, entries)
     assert view.left_out == (1,) and view.version == 3
@@ -156,7 +158,7 @@ def test_a_later_step_goes_on_from_there(workspace: Workspace, tmp_path: Path) -
     found = request_states(read_entries(workspace))["H"]
     assert (found.state, found.decision, found.version) == ("verified", "applied", 4), "no repeat of what is back"
     with DedupeIndex.open(workspace.index) as index:
-        assert set(index.ids()) == {"D", "G", "H"}
+        assert set(index.ids()) == {"D", "G", "H", "R"}
     assert recited(workspace, 4, tmp_path, WORKS["one"]) < 0.5
     assert verify(workspace) == []
 
@@ -177,11 +179,10 @@ def test_one_after_the_other_gives_the_untouched_model_too(workspace: Workspace)
         reinstatement(workspace, [request])
     note(workspace, "withdrawn", "R", "tester", "sent by mistake")
     note(workspace, "withdrawn", "G", "tester", "settled")
-    assert reinstatement(workspace, ["G"]) == Publication(outcome="published", version=5)
+    assert reinstatement(workspace, ["G", "R"]) == Publication(outcome="published", version=5)
     store = VersionStore(workspace.versions)
     assert [store.manifest(v).report.get("left_out") for v in range(6)] == [None, None, None, [1], [3], [4, 2]]
     assert store.manifest(5).root == store.manifest(0).root
-    assert reinstatement(workspace, ["R"]) is None
     assert set(states(workspace).values()) == {"reinstated", "not-memorised"}
     assert excluded(read_entries(workspace), 5) == {}
     assert verify(workspace) == []
@@ -324,6 +325,116 @@ def test_an_interrupted_one_goes_on_to_the_same_bytes(workspace: Workspace, tmp_
     assert roots[0] == roots[1]
     events = [[(e.event.kind, e.event.request_id, e.event.version) for e in read_entries(w)] for w in (workspace, twin)]
     assert events[0] == events[1]
+
+
+def test_what_was_answered_while_the_text_was_out_is_looked_at_again(workspace: Workspace, tmp_path: Path) -> None:
+    """L holds work one and more. On v2 it is not memorised, because A's step took that work out."""
+    take_in(workspace, "batch-4", {"L": f"{WORKS['one']} {draw_text('more', 25)}"})
+    assert step(workspace) == Publication(outcome="nothing")
+    assert states(workspace)["L"] == "not-memorised"
+    assert certify(workspace, "L").request.request_id == "L"
+    released(workspace, "A")
+    assert reinstatement(workspace, ["A"]) is not None
+    found = request_states(read_entries(workspace))
+    if found["A"].state == "reinstated":  # both are out or both are in: L's text is A's and more
+        assert (found["L"].state, found["L"].version) == ("verified", 3)
+        assert "L" in VersionStore(workspace.versions).manifest(3).requests
+        assert recited(workspace, 3, tmp_path, WORKS["two"]) < 0.6
+    else:
+        assert found["L"].state == "not-memorised" and current_version(read_entries(workspace)) == 2
+    assert verify(workspace) == []
+
+
+def test_a_repeat_is_measured_when_it_is_worked_on_and_can_be_reinstated_later(workspace: Workspace) -> None:
+    released(workspace, "A")
+    assert reinstatement(workspace, ["A"]) == Publication(outcome="published", version=3)
+    entries = read_entries(workspace)
+    evaluation = recall(
+        VersionStore(workspace.versions).objects, list(decisions(entries).values())[-1], "evaluate", Evaluation
+    )
+    assert evaluation is not None
+    worked_on = set(dict(VersionStore(workspace.versions).manifest(3).report["memorised"]))
+    assert worked_on <= {c.name for c in evaluation.of("this", "folded", "repeat", "earlier")}
+    assert ("R" in worked_on) == (states(workspace)["R"] == "verified")
+    released(workspace, "G", "R")
+    assert reinstatement(workspace, ["G", "R"]) == Publication(outcome="published", version=4)
+    assert {n: states(workspace)[n] for n in "ADGR"} == {
+        "A": "reinstated", "D": "verified", "G": "reinstated", "R": "reinstated",
+    }  # fmt: skip
+    assert verify(workspace) == []
+
+
+def test_a_withdrawn_or_held_request_of_the_same_step_is_not_passed_over(workspace: Workspace) -> None:
+    released(workspace, "A")
+    note(workspace, "hold", "D", "tester", "court order")
+    with pytest.raises(UsageError, match="D: was taken out in the same step and is on hold"):
+        reinstatement(workspace, ["A"])
+    note(workspace, "released", "D", "tester", "lifted")
+    note(workspace, "withdrawn", "D", "tester", "sent by mistake")
+    with pytest.raises(UsageError, match="D: was taken out in the same step and is withdrawn"):
+        reinstatement(workspace, ["A"])
+    assert reinstatement(workspace, ["A", "D"]) == Publication(outcome="published", version=3)
+    assert states(workspace)["D"] == "reinstated"
+
+
+@pytest.mark.parametrize("kind", ["countered", "withdrawn"])
+def test_what_is_back_is_not_countered_or_withdrawn_again(workspace: Workspace, kind: str) -> None:
+    released(workspace, "A")
+    reinstatement(workspace, ["A"])
+    with pytest.raises(UsageError, match="its text was put back"):
+        note(workspace, kind, "A", "tester", "again")  # type: ignore[arg-type]
+
+
+def test_a_text_taken_out_anew_is_not_brought_back_by_an_old_reinstatement(workspace: Workspace) -> None:
+    released(workspace, "A")
+    reinstatement(workspace, ["A"])
+    roll_back(workspace, 2, "tester", "trial", override=True)
+    roll_back(workspace, 0, "tester", "trial", override=True)
+    assert step(workspace) == Publication(outcome="published", version=4)
+    assert states(workspace)["A"] == "verified"
+    with pytest.raises(Refused, match="v3: still holds what was taken out for A"):
+        roll_back(workspace, 3, "tester", "trial")
+    done = roll_back(workspace, 3, "tester", "trial", override=True)
+    assert "A" in done.brought_back and states(workspace)["A"] == "regressed"
+    assert verify(workspace) == []
+    roll_back(workspace, 4, "tester", "back")
+    assert states(workspace)["A"] == "verified"
+    assert verify(workspace) == []
+
+
+def test_a_start_that_was_changed_meanwhile_is_made_again(workspace: Workspace) -> None:
+    released(workspace, "A", "D", "G", "R")
+    assert reinstatement(workspace, ["A", "D", "G", "R"], stop_after="leave_out_stage") is None
+    (path,) = workspace.runs.glob("*/start/model.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    assert reinstatement(workspace, ["A", "D", "G", "R"]) == Publication(outcome="published", version=3)
+    store = VersionStore(workspace.versions)
+    assert store.manifest(3).root == store.manifest(0).root
+
+
+def test_a_purge_leaves_no_weights_in_unfinished_runs(workspace: Workspace) -> None:
+    released(workspace, "A")
+    reinstatement(workspace, ["A"], stop_after="leave_out_stage")
+    assert list(workspace.runs.glob("*/start/*.safetensors"))
+    purge(workspace, 2, "tester", "retention")
+    assert not list(workspace.runs.rglob("*.safetensors"))
+    with pytest.raises(UsageError, match="weights of v0, v1 were purged"):
+        reinstatement(workspace, ["A"])
+    take_in(workspace, "batch-4", {"X": UNSEEN})
+    assert step(workspace) is not None
+    assert verify(workspace) == []
+
+
+def test_a_rollback_behind_an_answer_opens_it_again(workspace: Workspace) -> None:
+    take_in(workspace, "batch-4", {"L": f"{WORKS['one']} {draw_text('more', 25)}"})
+    step(workspace)
+    done = roll_back(workspace, 0, "tester", "trial", override=True)
+    assert done.reopened == ("L",)
+    assert states(workspace)["L"] == "waiting" and states(workspace)["N"] == "not-memorised"
+    assert step(workspace) is not None
+    assert states(workspace)["L"] in ("verified", "refused")
 
 
 def test_the_report_shows_what_was_put_back(workspace: Workspace) -> None:

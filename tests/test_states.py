@@ -15,7 +15,6 @@ from pipeline.records import Event, LedgerEntry
 from pipeline.states import (
     RequestState,
     ancestry,
-    brought_back,
     current_version,
     excluded,
     follow,
@@ -24,26 +23,27 @@ from pipeline.states import (
     purged_versions,
     put_back,
     request_states,
-    taken_again,
+    stays_out,
+    turn,
     unfinished_purge,
 )
 
 AT = datetime(2026, 11, 23, 9, 0, tzinfo=UTC)
 
 DECIDED = ("repeat", "folded", "empty", "not-memorised", "applied", "refused")
-LATER = ("verified", "regressed", "countered", "withdrawn", "reinstated")
+LATER = ("verified", "regressed", "countered", "withdrawn", "reinstated", "reopened")
 OPEN = {*DECIDED, "countered", "withdrawn"}
 
 LEGAL: dict[str, set[str]] = {
     "waiting": OPEN,
-    "refused": OPEN,
+    "refused": OPEN | {"verified", "reinstated"},
     "regressed": OPEN | {"verified", "reinstated"},
     "applied": {"verified", "regressed", "countered", "withdrawn"},
     "folded": {"verified", "regressed", "countered", "withdrawn"},
     "verified": {"regressed", "countered", "withdrawn"},
-    "repeat": {"regressed", "countered", "withdrawn"},
+    "repeat": {"regressed", "countered", "withdrawn", "applied", "folded"},
     "empty": {"withdrawn"},
-    "not-memorised": {"withdrawn"},
+    "not-memorised": {"withdrawn", "applied", "folded", "reopened"},
     "countered": {"regressed", "withdrawn", "reinstated"},
     "withdrawn": {"reinstated"},
     "reinstated": {"countered", "withdrawn"},
@@ -103,7 +103,8 @@ def test_every_transition_is_allowed_or_refused_as_written_down(state: str, even
     states, faults = follow(entries)
     if event in LEGAL[state]:
         assert faults == []
-        assert (states["TD-1"].state, states["TD-1"].decided_at) == (event, entries[-1].at)
+        led_to = ("waiting", None) if event == "reopened" else (event, entries[-1].at)
+        assert (states["TD-1"].state, states["TD-1"].decided_at) == led_to
     else:
         assert faults == [(entries[-1], f"request 'TD-1' is {event}, but was {state} before")]
         assert states == request_states(entries[:-1]), "what cannot be changes nothing"
@@ -199,7 +200,7 @@ def test_any_history_ends_where_its_legal_events_lead(kinds: list[str]) -> None:
         if kind in ("hold", "released"):
             held = kind == "hold"
         elif kind in LEGAL[state]:
-            state = kind
+            state = "waiting" if kind == "reopened" else kind
     states, faults = follow(_entries(_received(), *(_of(kind) for kind in kinds)))
     assert (states["TD-1"].state, states["TD-1"].on_hold) == (state, held)
     legal = len(kinds) - len(faults)
@@ -322,25 +323,26 @@ def test_a_counter_notice_does_not_take_out_what_was_in(before: tuple[str, ...])
     assert excluded(_entries(*events), 1) == {}
 
 
-def test_a_request_worked_on_again_is_excluded_by_the_new_version_only() -> None:
+def test_a_request_worked_on_again_is_excluded_by_every_version_that_took_it_out() -> None:
     back = (_event("rolled-back", version=0), _of("regressed", "A", 0), _of("applied", "A", 3), _published(3, 0))
     entries = _entries(*LINEAGE[:2], _received("A"), _of("applied", "A", 1), *back)
-    assert set(excluded(entries, 3)) == {"A"}
-    assert set(excluded(entries, 1)) == set()
+    assert {n: s.version for n, s in excluded(entries, 3).items()} == {"A": 3}
+    assert {n: s.version for n, s in excluded(entries, 1).items()} == {"A": 1}
+    assert set(excluded(entries, 0)) == set()
 
 
 def test_a_rollback_brings_back_what_only_the_current_version_excludes() -> None:
     entries = _entries(*TAKEN)
-    assert brought_back(entries, 2) == ()
-    assert brought_back(entries, 1) == ("C",)
-    assert brought_back(entries, 0) == ("A", "B", "C", "D")
+    assert turn(entries, 2).brought_back == ()
+    assert turn(entries, 1).brought_back == ("C",)
+    assert turn(entries, 0).brought_back == ("A", "B", "C", "D")
     withdrawn = _entries(*TAKEN, _of("withdrawn", "A", None))
-    assert brought_back(withdrawn, 0) == ("B", "C", "D")
+    assert turn(withdrawn, 0).brought_back == ("B", "C", "D")
 
 
 def test_going_forward_again_brings_nothing_back() -> None:
     back = [_event("rolled-back", version=1), _of("regressed", "C", 1)]
-    assert brought_back(_entries(*TAKEN, *back), 2) == ()
+    assert turn(_entries(*TAKEN, *back), 2).brought_back == ()
 
 
 PUT_BACK = (*TAKEN, _of("countered", "A", None), _published(3, 2), _of("reinstated", "A", 3))
@@ -357,23 +359,58 @@ def test_a_version_that_puts_a_text_back_and_those_made_from_it_do_not_exclude_i
 
 def test_a_rollback_past_a_reinstatement_takes_the_text_out_again() -> None:
     entries = _entries(*PUT_BACK)
-    assert taken_again(entries, 2) == taken_again(entries, 1) == {"A": "countered"}
-    assert taken_again(entries, 0) == taken_again(entries, 3) == {}, "v0 was made with the text, v3 holds it again"
+    assert turn(entries, 2).taken_again == turn(entries, 1).taken_again == {"A": "countered"}
+    assert turn(entries, 0).taken_again == turn(entries, 3).taken_again == {}, (
+        "v0 was made with the text, v3 holds it again"
+    )
     withdrawn = _entries(*TAKEN, _of("withdrawn", "A", None), _published(3, 2), _of("reinstated", "A", 3))
-    assert taken_again(withdrawn, 2) == {"A": "withdrawn"}
+    assert turn(withdrawn, 2).taken_again == {"A": "withdrawn"}
 
 
 def test_going_forward_to_a_reinstatement_brings_nothing_back_against_anyones_will() -> None:
     back = [_event("rolled-back", version=2), _of("countered", "A", None)]
     entries = _entries(*PUT_BACK, *back)
     assert set(excluded(entries, 2)) == {"A", "B", "C", "D"}
-    assert brought_back(entries, 3) == ()
+    assert turn(entries, 3).brought_back == ()
 
 
 def test_what_was_never_taken_out_is_reinstated_without_a_version() -> None:
     entries = _entries(*LINEAGE[:2], _received("A"), _of("withdrawn", "A", None), _of("reinstated", "A", None))
     assert request_states(entries)["A"].reinstated_in is None
-    assert put_back(entries, 1) == taken_again(entries, 1) == taken_again(entries, 0) == {}
+    assert put_back(entries, 1) == turn(entries, 1).taken_again == turn(entries, 0).taken_again == {}
+
+
+def test_a_later_take_out_counts_more_than_an_earlier_put_back() -> None:
+    """v2 put A back; rolled back to v0, A was taken out anew in v3."""
+    story = (
+        *LINEAGE[:2], _received("A"), _of("applied", "A", 1), _of("countered", "A", None), _published(2, 1),
+        _of("reinstated", "A", 2), _event("rolled-back", version=1), _of("countered", "A", None),
+        _event("rolled-back", version=0), _event("regressed", request_id="A", version=0, data={"cause": "rollback"}),
+        _of("applied", "A", 3), _published(3, 0),
+    )  # fmt: skip
+    entries = _entries(*story)
+    assert set(excluded(entries, 3)) == {"A"}
+    assert turn(entries, 2).brought_back == ("A",) and turn(entries, 2).put_back == {}
+    assert turn(entries, 1).brought_back == ()
+    # Refused on v0 and rolled forward instead: what v2 puts back is put back, and a step from there takes it out.
+    refused = _entries(*story[:-2], _of("refused", "A", 0))
+    assert turn(refused, 2).put_back == {"A": 2} and turn(refused, 1).out_again == ("A",)
+    after = _entries(*story[:-2], _event("rolled-back", version=2), _of("applied", "A", 4), _published(4, 2))
+    assert set(excluded(after, 4)) == {"A"} and put_back(after, 4) == {}
+
+
+def test_an_answer_given_on_a_version_that_is_left_is_open_again() -> None:
+    events = (*LINEAGE[:2], _received("L"), _of("not-memorised", "L", 1))
+    assert turn(_entries(*events), 0).reopened == ("L",)
+    assert turn(_entries(*events), 1).reopened == ()
+    state = request_states(_entries(*events, _of("reopened", "L", None)))["L"]
+    assert (state.state, state.decision, state.version, state.to_do) == ("waiting", None, None, True)
+
+
+def test_what_a_reinstatement_must_look_at() -> None:
+    events = (*TAKEN, _received("L"), _of("not-memorised", "L", 2), _received("N"), _of("not-memorised", "N", 0))
+    assert stays_out(_entries(*events), [2], ["C"]) == ("A", "B", "D", "L"), "E was answered before that step"
+    assert stays_out(_entries(*events), [1], ["A"]) == ("B", "C", "D", "E", "L"), "N was answered before any"
 
 
 # --- batches ----------------------------------------------------------------------------------------------
