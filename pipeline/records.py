@@ -52,12 +52,15 @@ class Evidence(Record):
         jaccard: |A ∩ B| / |A ∪ B|.
         containment: |A ∩ B| / |A|, A the new text.
         contained: |A ∩ B| / |B|: the share of the other text that the new one holds.
+        ranges: Character ranges [start, end) of the new text that the other one covers; records of release 0.1.0
+            have none.
     """
 
     request_id: str
     jaccard: float
     containment: float
     contained: float
+    ranges: tuple[tuple[int, int], ...] = ()
 
 
 class DedupeDecision(Record):
@@ -68,9 +71,11 @@ class DedupeDecision(Record):
         verdict: ``fresh``: all or part is new (see ``fresh_spans``); ``repeat``: already covered by earlier
             takedowns; ``folded``: a near-copy of another request of the same batch, which is worked on in its place;
             ``empty``: nothing is left after normalisation.
-        covered: Share of the text's shingles found in the union of all earlier takedowns, in [0, 1].
+        covered: Share of the text's shingles found in the union of the earlier takedowns in the evidence, in [0, 1].
         evidence: Every verified pair, strongest containment first.
         fresh_spans: Character ranges [start, end) of the raw text that no earlier takedown covers.
+        uncounted: Share of the text's shingles that are boilerplate, in [0, 1]: they are evidence for nothing, and
+            all other shares are of what is left.
     """
 
     request_id: str
@@ -78,16 +83,29 @@ class DedupeDecision(Record):
     covered: float
     evidence: tuple[Evidence, ...] = ()
     fresh_spans: tuple[tuple[int, int], ...] = ()
+    uncounted: float = 0.0
 
 
 class RetainExclusion(Record):
-    """A retain document that resembles a takedown and is therefore not kept on purpose."""
+    """A retain document that resembles a takedown and is therefore not kept on purpose.
+
+    Attributes:
+        document: The document.
+        request_id: The takedown that it resembles most.
+        jaccard: As in `Evidence`.
+        containment: Of the document or of its most similar window, whichever is larger.
+        contained: As in `Evidence`.
+        ranges: Character ranges [start, end) of the document that the takedown covers.
+        uncounted: Share of the document's shingles that are boilerplate.
+    """
 
     document: str
     request_id: str
     jaccard: float
     containment: float
     contained: float
+    ranges: tuple[tuple[int, int], ...] = ()
+    uncounted: float = 0.0
 
 
 class DedupeReport(Record):

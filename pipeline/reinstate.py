@@ -169,7 +169,10 @@ def _kept_out(workspace: Workspace, chosen: Sequence[str], out: Iterable[str]) -
     ):
         for name in out:
             index.add(name, vault.get(name).text)
-        decisions = dedupe([vault.get(name) for name in chosen], index, workspace.settings().dedupe)
+        boilerplate = [
+            path.read_text(encoding="utf-8") for path in sorted((workspace.reference / "boilerplate").glob("*.txt"))
+        ]
+        decisions = dedupe([vault.get(name) for name in chosen], index, workspace.settings().dedupe, boilerplate)
     others = {d.request_id: [e.request_id for e in d.evidence if e.request_id not in chosen] for d in decisions}
     return [
         f"{d.request_id}: its text is out for {', '.join(others[d.request_id])}, too. Reinstate those with it."

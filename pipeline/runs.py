@@ -205,7 +205,7 @@ def references_digest(workspace: Workspace) -> str:
     """Keyed digest of all reference texts: a plan is kept as evidence, and no plain digest of a text may be in it."""
     digests = {
         str(path.relative_to(workspace.reference)): digest_file(path)
-        for kind in ("retain", "kept", "heldout")
+        for kind in ("retain", "kept", "heldout", "boilerplate")
         for path in sorted((workspace.reference / kind).glob("*.txt"))
     }
     return Vault(workspace.vault).commitment(canonical_json(digests).decode())

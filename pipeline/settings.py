@@ -40,6 +40,9 @@ class DedupeSettings(Section):
     """A retain document with this Jaccard similarity to a takedown is left out of the anchor …"""
     retain_containment: float = Field(0.4, gt=0, le=1)
     """… as is one with this containment in either direction. Losing a little retain text is cheap."""
+    boilerplate_works: int = Field(3, ge=1)
+    """A passage that is in more than this many unrelated works already taken down is boilerplate, such as a licence or
+    a much quoted verse, and evidence for nothing; as is what ``reference/boilerplate/*.txt`` holds."""
 
 
 class PassageSettings(Section):

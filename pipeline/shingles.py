@@ -1,27 +1,46 @@
-"""Word shingles of a text, their MinHash signatures, and the LSH table that proposes pairs.
+"""Word shingles of a text and their MinHash signatures.
 
-In: texts. Out: 64-bit fingerprints with positions, datasketch signatures, names of texts that may be alike. Never: a
-decision, which takes the exact overlap (`pipeline.dedupe`).
+In: texts. Out: 64-bit fingerprints with positions, and datasketch's signatures. Never: a decision, which takes the
+exact overlap (`pipeline.dedupe`); nor words or letters of a text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from functools import cached_property
-from hashlib import blake2b
-from typing import Literal, TypeAlias
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from datasketch import LeanMinHash, MinHash, MinHashLSH
 
-from pipeline.normalise import NORMALISER, is_spaceless, words
+from pipeline.normalise import NORMALISER, Places, WordArrays, word_arrays
 from pipeline.records import Record
+
+if TYPE_CHECKING:
+    from datasketch import LeanMinHash
 
 Prints: TypeAlias = npt.NDArray[np.uint64]
 Flags: TypeAlias = npt.NDArray[np.bool_]
 Signatures: TypeAlias = npt.NDArray[np.uint32]
+Item = TypeVar("Item", bound=Sized)
+
+_LETTER = 0xD1342543DE82EF95
+_WORD = 0xAF251AF3B0F025B5
+"""Multipliers modulo 2**64 with a good lattice up to dimension eight (Steele and Vigna, "Computationally easy,
+spectrally good multipliers", 2021). The shortest vector of LETTER's lattice in seven dimensions is longer than 500: no
+two words of up to seven ASCII letters and digits have the same sum."""
+
+_LETTER_INVERSE = pow(_LETTER, -1, 1 << 64)
+
+_BLOCK = 1 << 16
+"""Characters, or shingles, handled at once: what is computed with stays in the cache."""
+
+_POWERS = 1 << 17
+"""Powers kept; a word block of more letters (a text without spaces) computes its own."""
+
+_EMPTY = 0xFFFFFFFF
+"""What datasketch's signature of nothing holds."""
 
 
 class DedupeParameters(Record):
@@ -32,7 +51,7 @@ class DedupeParameters(Record):
         shingle_words: Words of a shingle.
         shingle_characters: Characters of a shingle that starts in a script without spaces: about as telling as
             three words; three characters would all be found in any long book.
-        fingerprint: Hash of a shingle: 64 bits of BLAKE2b over its words joined by one space, little-endian.
+        fingerprint: Hash of a shingle, 64 bits: `fingerprint`.
         scheme: Permutations of datasketch.
         seed: Seed of the permutations.
         num_perm: Length of a signature.
@@ -45,7 +64,7 @@ class DedupeParameters(Record):
     normaliser: Literal["v1"] = NORMALISER
     shingle_words: int = 3
     shingle_characters: int = 8
-    fingerprint: Literal["blake2b-64"] = "blake2b-64"
+    fingerprint: Literal["words-64"] = "words-64"
     scheme: Literal["affine32"] = "affine32"
     seed: int = 1
     num_perm: int = 128
@@ -67,9 +86,9 @@ class ShingledText:
     """
 
     length: int
-    spans: npt.NDArray[np.int64]
+    spans: Places
     sequence: Prints
-    ends: npt.NDArray[np.int64]
+    ends: Places
 
     @cached_property
     def prints(self) -> Prints:
@@ -84,8 +103,21 @@ class ShingledText:
 
 
 def fingerprint(shingle: str) -> int:
-    """64-bit hash of a shingle's words joined by one space; the same on every machine, unlike Python's hash()."""
-    return int.from_bytes(blake2b(shingle.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    """64-bit hash of a shingle, ``words-64``; the same on every machine. The definition; `shingle` computes many.
+
+    All arithmetic is modulo 2**64; ``mix`` is the finaliser of MurmurHash3 (64 bits), a bijection in which every bit
+    depends on every other. With c the code points of a word::
+
+        word    = mix(c[0] + c[1] * LETTER + c[2] * LETTER**2 + ...)
+        shingle = mix(word[0] + word[1] * WORD + word[2] * WORD**2 + ...)
+
+    It spreads well but keeps no secret: whoever wants two shingles with the same fingerprint can compute them.
+
+    Args:
+        shingle: Normalised words, joined by one space.
+    """
+    words = (_mix_one(_weighted_sum(map(ord, word), _LETTER)) for word in shingle.split(" "))
+    return _mix_one(_weighted_sum(words, _WORD))
 
 
 def shingle(text: str, parameters: DedupeParameters) -> ShingledText:
@@ -94,18 +126,12 @@ def shingle(text: str, parameters: DedupeParameters) -> ShingledText:
     The last shingle is the first that reaches the end, so a text shorter than a shingle is one as a whole, and a
     text without words has none.
     """
-    found = words(text)
-    texts = [word.text for word in found]
-    sequence: list[int] = []
-    ends: list[int] = []
-    for start, word in enumerate(texts):
-        end = start + (parameters.shingle_characters if is_spaceless(word) else parameters.shingle_words)
-        sequence.append(fingerprint(" ".join(texts[start:end])))
-        ends.append(min(end, len(texts)))
-        if end >= len(texts):
-            break
-    spans = np.array([(word.start, word.end) for word in found], dtype=np.int64).reshape(-1, 2)
-    return ShingledText(len(text), spans, np.array(sequence, dtype=np.uint64), np.array(ends, dtype=np.int64))
+    return _shingle_together([text], parameters)[0]
+
+
+def shingle_many(texts: Iterable[str], parameters: DedupeParameters) -> list[ShingledText]:
+    """Cut texts into shingles: what `shingle` makes of each, many times faster when they are short."""
+    return [found for group in _grouped(texts) for found in _shingle_together(group, parameters)]
 
 
 def sign(windows: Iterable[Prints], parameters: DedupeParameters) -> Signatures:
@@ -115,37 +141,184 @@ def sign(windows: Iterable[Prints], parameters: DedupeParameters) -> Signatures:
         (windows, num_perm) uint32: the hashvalues of ``MinHash(num_perm, seed, scheme="affine32", hashfunc=low32)``
         updated with each shingle, ``low32`` being the low 32 bits of `fingerprint`.
     """
-    sketches = MinHash.generator(
-        # The 32 bits are cut here: datasketch refuses larger Python ints, but cuts NumPy's without a word.
-        ((window & np.uint64(0xFFFFFFFF)).tolist() for window in windows),
-        num_perm=parameters.num_perm,
-        seed=parameters.seed,
-        scheme=parameters.scheme,
-        hashfunc=int,
-    )
-    rows = [sketch.hashvalues for sketch in sketches]
-    return np.array(rows, dtype=np.uint32).reshape(len(rows), parameters.num_perm)
+    rows = [_sign_together(group, parameters) for group in _grouped(windows)]
+    return np.concatenate(rows) if rows else np.empty((0, parameters.num_perm), dtype=np.uint32)
 
 
-class WindowTable:
-    """LSH over the windows of many texts: which of them may share a passage with a given one?
+def sign_windows(text: ShingledText, parameters: DedupeParameters) -> Signatures:
+    """Signatures of a text's windows: ``sign(text.windows(parameters), parameters)``, in half the time.
 
-    Whole-text signatures would miss excerpts, whose Jaccard similarity is only the ratio of the sizes.
+    A window that is a whole number of steps long is the union of as many stretches of one step, and its signature the
+    minimum of theirs.
     """
+    size, step = parameters.window_shingles, parameters.window_step
+    if size % step:
+        return sign(text.windows(parameters), parameters)
+    steps = sign((text.sequence[at : at + step] for at in range(0, len(text.sequence), step)), parameters)
+    windows = max(len(steps) - size // step + 1, min(len(steps), 1))
+    result = steps[:windows].copy()
+    for later in range(1, size // step):
+        following = steps[later : later + windows]
+        np.minimum(result[: len(following)], following, out=result[: len(following)])
+    return result
 
-    def __init__(self, parameters: DedupeParameters) -> None:
-        self._parameters = parameters
-        self._lsh = MinHashLSH(num_perm=parameters.num_perm, params=(parameters.bands, parameters.rows))
 
-    def _sketches(self, signatures: Signatures) -> Iterator[LeanMinHash]:
-        for row in signatures:
-            yield LeanMinHash(seed=self._parameters.seed, hashvalues=row, scheme=self._parameters.scheme)
+def to_lean(signatures: Signatures, parameters: DedupeParameters) -> Iterator[LeanMinHash]:
+    """Signatures as datasketch's own objects, which every LSH class of it takes."""
+    from datasketch import LeanMinHash  # half a second, most of it SciPy's: longer than many a search
 
-    def add(self, name: str, signatures: Signatures) -> None:
-        """Add the windows of a text under a new name."""
-        for number, sketch in enumerate(self._sketches(signatures)):
-            self._lsh.insert((name, number), sketch)
+    for row in signatures:
+        yield LeanMinHash(seed=parameters.seed, hashvalues=row, scheme=parameters.scheme)
 
-    def query(self, signatures: Signatures) -> set[str]:
-        """Names of the texts with a window similar to one of these."""
-        return {name for sketch in self._sketches(signatures) for name, _ in self._lsh.query(sketch)}
+
+def _grouped(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Items in order, in lists of about `_BLOCK` together; a larger one is alone at the end of its list."""
+    group, held = list[Item](), 0
+    for item in items:
+        group.append(item)
+        held += len(item)
+        if held >= _BLOCK:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+# --- fingerprints ---------------------------------------------------------------------------------------------
+
+
+def _weighted_sum(values: Iterable[int], base: int) -> int:
+    """The sum of value i times base ** i, modulo 2**64."""
+    return sum(value * pow(base, i, 1 << 64) for i, value in enumerate(values)) % (1 << 64)
+
+
+def _mix_one(value: int) -> int:
+    return int(_mix(np.array([value], dtype=np.uint64))[0])
+
+
+def _mix(values: Prints) -> Prints:
+    """The 64-bit finaliser of MurmurHash3, in place."""
+    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        values ^= values >> np.uint64(33)
+        values *= np.uint64(multiplier)
+    values ^= values >> np.uint64(33)
+    return values
+
+
+@cache
+def _kept_powers(base: int) -> Prints:
+    return _powers(base, _POWERS)
+
+
+def _powers(base: int, count: int) -> Prints:
+    """(count,) 1, base, base ** 2, … modulo 2**64."""
+    factors = np.full(count, base, dtype=np.uint64)
+    factors[:1] = 1
+    return np.cumprod(factors, dtype=np.uint64)
+
+
+def _word_hashes(block: WordArrays) -> Prints:
+    """Hash every word of a block.
+
+    Letter i is weighed with ``LETTER ** i``, i counted from the beginning of the block; dividing a word's sum by the
+    weight of its first letter leaves what the word has everywhere.
+    """
+    letters = block.letters
+    forth, back = (
+        _kept_powers(base) if len(letters) <= _POWERS else _powers(base, len(letters))
+        for base in (_LETTER, _LETTER_INVERSE)
+    )
+    running = np.multiply(letters, forth[: len(letters)], dtype=np.uint64)
+    np.cumsum(running, out=running)
+    # What lies between words is 0, so the sum at the end of a word less that at the end of the word before is its own.
+    sums = np.diff(running[block.ends - 1], prepend=np.uint64(0))
+    sums *= back[block.starts]
+    return _mix(sums)
+
+
+def _sums_of_runs(words: Prints, size: int, count: int) -> Prints:
+    """(count,) weighted sums of the ``size`` word hashes from each of the first ``count`` places on."""
+    sums = words[size - 1 : size - 1 + count].copy()
+    for first in reversed(range(size - 1)):
+        sums *= np.uint64(_WORD)
+        sums += words[first : first + count]
+    return sums
+
+
+def _shingle_together(texts: Sequence[str], parameters: DedupeParameters) -> list[ShingledText]:
+    """Shingles of some texts, computed as one; the results are views of arrays in common."""
+    lengths = np.array([len(text) for text in texts])
+    begins = np.cumsum(lengths + 2) - lengths - 2
+    # No word reaches over a blank line, and no hyphen joins over it.
+    blocks = list(word_arrays("\n\n".join(texts)))
+    spans = np.concatenate([np.empty((0, 2), dtype=np.int64), *(block.spans for block in blocks)])
+    hashes = np.concatenate([np.empty(0, np.uint64), *map(_word_hashes, blocks)])
+    spaceless: Flags = np.concatenate([np.empty(0, np.bool_), *(block.spaceless for block in blocks)])
+
+    bounds = np.append(np.searchsorted(spans[:, 0], begins), len(spans))
+    counts = np.diff(bounds)
+    owners = np.repeat(np.arange(len(texts)), counts)
+    for column in spans.T:
+        column -= begins[owners]
+    # Words behind the end count as 0, so that a shingle cut short by it sees nothing of the next text.
+    gap = max(parameters.shingle_words, parameters.shingle_characters) - 1
+    padded = np.zeros(len(hashes) + gap * len(texts), dtype=np.uint64)
+    places = np.arange(len(hashes)) + gap * owners
+    padded[places] = hashes
+    sequence = _sums_of_runs(padded, parameters.shingle_words, len(padded) - gap)[places]
+    sizes = np.full(len(hashes), parameters.shingle_words)
+    if spaceless.any():
+        sequence[spaceless] = _sums_of_runs(padded, parameters.shingle_characters, len(padded) - gap)[places[spaceless]]
+        sizes[spaceless] = parameters.shingle_characters
+    sequence = _mix(sequence)
+
+    ends = np.arange(len(hashes)) - bounds[owners] + sizes
+    reaching = np.flatnonzero(ends >= counts[owners])
+    # The last word of a text always reaches its end; a text without words takes nothing of the next one.
+    stops = np.minimum(np.append(reaching, len(hashes))[np.searchsorted(reaching, bounds[:-1])] + 1, bounds[1:])
+    np.minimum(ends, counts[owners], out=ends)
+    return [
+        ShingledText(length, spans[first:last], sequence[first:stop], ends[first:stop])
+        for length, first, last, stop in zip(
+            lengths.tolist(), bounds[:-1].tolist(), bounds[1:].tolist(), stops.tolist(), strict=True
+        )
+    ]
+
+
+# --- signatures -----------------------------------------------------------------------------------------------
+
+
+@cache
+def _permutations(seed: int, num_perm: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    """Odd multipliers and summands of ``affine32``, each (num_perm,), drawn as datasketch draws them."""
+    drawn = np.random.RandomState(seed)
+    halves = drawn.randint(0, 1 << 31, num_perm, dtype=np.uint32)
+    return halves * np.uint32(2) + np.uint32(1), drawn.randint(0, 1 << 32, num_perm, dtype=np.uint32)
+
+
+def _sign_together(windows: Sequence[Prints], parameters: DedupeParameters) -> Signatures:
+    """Signatures of some windows: each permutation of all shingles at once, then the minima of the stretches."""
+    lengths = np.array([len(window) for window in windows])
+    filled = np.flatnonzero(lengths)  # reduceat takes an empty stretch for one element of its neighbour
+    result = np.full((len(windows), parameters.num_perm), _EMPTY, dtype=np.uint32)
+    if not len(filled):
+        return result
+    hashes = _mix_32(np.concatenate(windows).astype(np.uint32))  # keeps the low 32 bits
+    starts = (np.cumsum(lengths) - lengths)[filled]
+    permuted, minima = np.empty_like(hashes), np.empty((parameters.num_perm, len(filled)), dtype=np.uint32)
+    multipliers, summands = _permutations(parameters.seed, parameters.num_perm)
+    for multiplier, summand, row in zip(multipliers, summands, minima, strict=True):
+        np.multiply(hashes, multiplier, out=permuted)
+        np.add(permuted, summand, out=permuted)
+        np.minimum.reduceat(permuted, starts, out=row)
+    result[filled] = minima.T
+    return result
+
+
+def _mix_32(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """The 32-bit finaliser of MurmurHash3, in place: what datasketch does to a hash before the permutations."""
+    for shift, multiplier in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        values ^= values >> np.uint32(shift)
+        values *= np.uint32(multiplier)
+    values ^= values >> np.uint32(16)
+    return values

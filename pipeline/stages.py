@@ -46,7 +46,7 @@ from pipeline.models import (
     target_weights,
 )
 from pipeline.passages import encode, pad_id, passages_of
-from pipeline.progress import Counter
+from pipeline.progress import Counter, tell
 from pipeline.records import (
     Comparison,
     DedupeReport,
@@ -88,18 +88,21 @@ def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
             states = excluded(ledger.entries(), run.plan.parent)
         # In a reinstatement everything that stays out is worked on, and nothing but that is compared.
         done = [] if run.plan.reinstates else [name for name, state in states.items() if state.decision != "repeat"]
+        boilerplate = tuple(read_texts(run.workspace, "boilerplate").values())
+        keep = {f"{k}/{n}": t for k in ("retain", "kept") for n, t in read_texts(run.workspace, k).items()}
         with DedupeIndex.open(run.folder / "index" if run.plan.reinstates else run.workspace.index) as index:
+            if index.renewed is not None:
+                tell("dedupe", 0, 0, f"the index of release {index.renewed} is built again from the vault")
             # The index is derived: what a killed run published but did not index is added here, and what the parent
             # does not exclude any more, after a rollback or a withdrawal, is removed.
-            for name in set(index.ids()).difference(done):
+            known = set(index.ids())
+            for name in known.difference(done):
                 index.remove(name)
-            for name in done:
-                if name not in index.ids():
-                    index.add(name, vault.get(name).text)
-            decisions = dedupe(requests, index, run.settings.dedupe)
-        keep = {f"{k}/{n}": t for k in ("retain", "kept") for n, t in read_texts(run.workspace, k).items()}
-        takedowns = {name: vault.get(name).text for name in (*done, *run.plan.requests)}
-        return DedupeReport(decisions=decisions, retain_excluded=exclude_retain(keep, takedowns, run.settings.dedupe))
+            index.add_many((name, vault.get(name).text) for name in done if name not in known)
+            decisions = dedupe(requests, index, run.settings.dedupe, boilerplate)
+            waiting = {request.request_id: request.text for request in requests}
+            excluded_texts = exclude_retain(keep, waiting, run.settings.dedupe, index=index, boilerplate=boilerplate)
+        return DedupeReport(decisions=decisions, retain_excluded=excluded_texts)
 
     return run.stage("dedupe", DedupeReport, (), compute)
 

@@ -461,25 +461,35 @@ def _check_runs(entries: Entries) -> list[Break]:
 
 
 def _check_index(workspace: Workspace, entries: Entries) -> list[Break]:
-    """Every row of the index must be whole and belong to a request; what is missing is added by the next run."""
+    """Every row of the index must be whole and belong to a request; what is missing is added by the next run.
+
+    An index of an older release is no break: it is derived, and the next run builds it again (see `index_notes`).
+    """
     path = workspace.index / "index.db"
     if not path.exists() and not path.is_symlink():
         return []  # derived from the vault; the next run builds it
-    from pipeline.index import DedupeIndex  # datasketch takes longer to import than a quick check may last
+    from pipeline.index import examine  # datasketch takes longer to import than a quick check may last
 
     means = "A copy of a taken-down text may be missed. Delete the file; the next run builds it from the vault."
     received = {e.event.request_id for e in entries if e.event.kind == "received"}
     if not path.is_file():
         return [Break(where=workspace.index.name, found=f"{path.name} is not a regular file", means=means)]
     try:
-        with DedupeIndex.open(workspace.index) as index:
-            ids = index.ids()
-            for name in ids:
-                index.prints(name)
+        ids = examine(workspace.index)
     except (TakedownError, OSError) as error:
         return [Break(where=workspace.index.name, found=str(error), means=means)]
     found = "is indexed, but no ledger entry received it"
     return [Break(where=f"request {name}", found=found, means=means) for name in ids if name not in received]
+
+
+def index_notes(workspace: Workspace) -> tuple[str, ...]:
+    """What the next run will do to the index that is no break; nothing where it is of this release."""
+    from pipeline.index import older_release  # as above
+
+    release = older_release(workspace.index)
+    if release is None:
+        return ()
+    return (f"the index was made by release {release}; the next run builds it again from the vault.",)
 
 
 def _check_vault(workspace: Workspace, entries: Entries) -> list[Break]:
