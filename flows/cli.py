@@ -21,6 +21,7 @@ from rich.text import Text
 import pipeline
 from flows.progress import bars
 from flows.reading import reading, state_words, storage_line
+from flows.scanning import scanning
 from flows.terminal import Actor, Json, Reason, err, megabytes, number_of, opened, out, say, show_json, table
 from pipeline.display import plain
 from pipeline.errors import InvalidInput, TakedownError
@@ -63,6 +64,7 @@ def choose(
 
 
 app.add_typer(reading)
+app.add_typer(scanning)
 
 
 # --- writing verbs ----------------------------------------------------------------------------------------

@@ -1,0 +1,480 @@
+"""Reading a training corpus: text, JSON lines and Parquet, packed or not, as a stream of pieces of documents.
+
+In: paths of files and folders. Out: pieces of at most some 270,000 characters, and the problems met on the way. Never:
+a whole file, a whole line or a whole unpacked archive in memory; a file that is left out without a word.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import os
+import re
+import stat
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Protocol
+
+import zstandard
+
+from pipeline.errors import InvalidInput, Problem
+from pipeline.longjson import long_text
+
+PIECE_CHARS: Final = 1 << 18
+"""Characters of a piece: large enough that its cost is that of its text, small enough for the cache."""
+OVERLAP_CHARS: Final = 1 << 12
+"""What a piece shows of the next one, so that every shingle lies whole in one piece; ten words of 400 characters."""
+LONG_LINE_BYTES: Final = 1 << 24
+"""A JSON line longer than this is read in a stream; the others as a whole, which is faster."""
+BATCH_BYTES: Final = 1 << 24
+"""Text of a batch of Parquet rows."""
+MOST_UNPACKED: Final = 64
+"""A packed Parquet file, which has to be unpacked whole, may be this many times as large unpacked: it is compressed
+inside already."""
+LONGEST_NAME: Final = 200
+"""Characters that are kept of a document's id."""
+
+_KINDS = (".txt", ".jsonl", ".parquet")
+_PACKINGS = ("", ".gz", ".zst")
+SUFFIXES: Final = tuple(kind + packing for kind in _KINDS for packing in _PACKINGS)
+"""Names of files that are read, in lower case."""
+
+_READ_BYTES = 1 << 20
+_ZSTANDARD_STEP_BYTES = 1 << 10
+"""Compressed bytes decoded at once: a block of 4 bytes may stand for 128 KiB, so this makes at most 32 MiB."""
+_ZSTANDARD_WINDOW_BYTES = 1 << 27
+"""Most memory that a Zstandard frame may ask for; what `zstd -d` grants."""
+_CUT = re.compile("(?<=[^\\s\\-\u2010\u00ad])\\s")
+"""White space where words end for certain: after a hyphen a word might go on in the next line."""
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """A file to read.
+
+    Attributes:
+        path: Where.
+        size: Bytes as stored.
+        modified: When it was last changed, in nanoseconds.
+    """
+
+    path: Path
+    size: int
+    modified: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a document.
+
+    Attributes:
+        file: Place of the file in the corpus.
+        document: Number of the document in its file, from 1: line or row; blank lines count.
+        name: The document's id, where the file gives one.
+        start: Characters of the document in front of this piece.
+        text: The piece, and the beginning of the next one.
+        keep: Characters of ``text`` that are this piece's own.
+        last: Whether the document ends here.
+    """
+
+    file: int
+    document: int
+    name: str | None
+    start: int
+    text: str
+    keep: int
+    last: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is the whole document."""
+        return self.last and not self.start
+
+
+class Reader(Protocol):
+    """Anything that gives up to so many bytes, and none at its end."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+# --- which files ------------------------------------------------------------------------------------------
+
+
+def corpus_files(paths: Sequence[Path], leave_out: Sequence[Path] = ()) -> tuple[list[CorpusFile], list[Problem], int]:
+    """The files of a corpus, each once however often it is named or linked, in order of their paths.
+
+    Args:
+        paths: Files and folders; folders are walked, links to folders followed once.
+        leave_out: Files that are not part of it, such as the one being written.
+
+    Returns:
+        The files, folders that could not be read, and how many files in folders have other names than `SUFFIXES`.
+
+    Raises:
+        InvalidInput: A path is missing, or is neither a folder nor a file of a known name; all are listed.
+    """
+    wrong = [problem for path in paths if (problem := _unusable(path))]
+    if wrong:
+        raise InvalidInput(wrong)
+    seen = {(found.st_dev, found.st_ino) for path in leave_out if (found := _stat(path))}
+    files: list[CorpusFile] = []
+    problems: list[Problem] = []
+    others = 0
+    waiting = sorted(set(paths), reverse=True)
+    while waiting:
+        path = waiting.pop()
+        found = _stat(path)
+        if found is None or (found.st_dev, found.st_ino) in seen:
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        if stat.S_ISDIR(found.st_mode):
+            try:
+                waiting.extend(sorted(path.iterdir(), reverse=True))
+            except OSError as error:
+                problems.append(_unread(path, error.strerror or str(error)))
+        elif stat.S_ISREG(found.st_mode) and path.name.lower().endswith(SUFFIXES):
+            files.append(CorpusFile(path, found.st_size, found.st_mtime_ns))
+        else:
+            others += 1
+    return files, problems, others
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """What a path leads to; None for a link into nothing, or to itself."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _unusable(path: Path) -> Problem | None:
+    found = _stat(path)
+    if found is None:
+        return Problem(str(path), "is missing or cannot be reached", "Name files or folders that are there.")
+    known = stat.S_ISREG(found.st_mode) and path.name.lower().endswith(SUFFIXES)
+    if stat.S_ISDIR(found.st_mode) or known:
+        return None
+    return Problem(
+        str(path), "is no kind of file that can be read", f"Name folders, or files in {', '.join(SUFFIXES)}."
+    )
+
+
+# --- documents --------------------------------------------------------------------------------------------
+
+
+def read_file(number: int, file: CorpusFile, field: str, tell: Callable[[int], None]) -> Iterator[Piece | Problem]:
+    """The documents of a file, piece by piece, and what is wrong with it.
+
+    A broken line or row is a problem, and the next one goes on; what breaks the file ends it, and the document that
+    was being read. Bytes that are not UTF-8 come out as U+FFFD.
+
+    Args:
+        number: Place of the file in the corpus.
+        file: The file.
+        field: Name of the field that holds the text, in JSON and Parquet.
+        tell: Called with the number of stored bytes read so far.
+
+    Yields:
+        Pieces in order of the text, the last one of each document marked; problems where they are met.
+    """
+    name = file.path.name.lower()
+    packing = next((end for end in _PACKINGS if end and name.endswith(end)), "")
+    documents = _READERS[Path(name.removesuffix(packing)).suffix]
+    try:
+        with file.path.open("rb") as stored, _unpacked(stored, packing, documents is _parquet, tell) as reader:
+            for document in documents(reader, field):
+                if isinstance(document, str):
+                    yield _unread(file.path, document)
+                else:
+                    yield from _pieces_of(number, file.path, document)
+    except (ValueError, *_FILE_ERRORS) as error:
+        yield _unread(file.path, _reason(error))
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A document as its format gives it: its number, its id, and its text in chunks of any size."""
+
+    number: int
+    name: str | None
+    chunks: Iterable[str]
+
+
+def _pieces_of(file: int, path: Path, document: _Document) -> Iterator[Piece | Problem]:
+    """The pieces of one document, up to where it breaks off."""
+    broken: list[Exception] = []
+
+    def readable() -> Iterator[str]:
+        try:
+            yield from document.chunks
+        except (ValueError, *_FILE_ERRORS) as error:
+            broken.append(error)
+
+    for start, text, keep, last in cut(readable()):
+        yield Piece(file, document.number, document.name, start, text, keep, last)
+    for error in broken:
+        if not isinstance(error, ValueError):
+            raise error
+        yield _unread(path, f"document {document.number}: {_reason(error)}")
+
+
+def cut(chunks: Iterable[str]) -> Iterator[tuple[int, str, int, bool]]:
+    """Cut a document into pieces; where it is cut depends on its text alone, not on the chunks it comes in.
+
+    Law: the pieces' own characters, put together, are the document; the words of a piece that begin among its own
+    characters are the document's words there (a run of 4,096 characters without white space may be cut inside a word).
+
+    Yields:
+        Characters in front, text, characters of it that are the piece's own, whether the document ends here.
+    """
+    start, waiting = 0, ""
+    for chunk in chunks:
+        waiting += chunk
+        while len(waiting) > PIECE_CHARS + OVERLAP_CHARS:
+            keep = _cut_at(waiting)
+            yield start, waiting[: keep + OVERLAP_CHARS], keep, False
+            start, waiting = start + keep, waiting[keep:]
+    yield start, waiting, len(waiting), True
+
+
+def _cut_at(text: str) -> int:
+    """Where a text of more than `PIECE_CHARS` is cut: at the last certain end of a word among the last characters."""
+    at = PIECE_CHARS
+    for found in _CUT.finditer(text, PIECE_CHARS - OVERLAP_CHARS, PIECE_CHARS):
+        at = found.start()
+    return at
+
+
+# --- formats ----------------------------------------------------------------------------------------------
+
+
+def _plain_text(reader: BinaryIO, field: str) -> Iterator[_Document | str]:
+    """The file is one document."""
+    yield _Document(1, None, _decoded(iter(lambda: reader.read(_READ_BYTES), b"")))
+
+
+def _decoded(blocks: Iterable[bytes]) -> Iterator[str]:
+    """Bytes as text."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for block in blocks:
+        yield decoder.decode(block)
+    yield decoder.decode(b"", final=True)
+
+
+def _json_lines(reader: BinaryIO, field: str) -> Iterator[_Document | str]:
+    """A document is a line, an object with a field that holds the text."""
+    for number, line in enumerate(_lines(reader), 1):
+        if not isinstance(line, bytes):
+            yield _Document(number, None, long_text(_decoded(line), field))
+        elif line.strip():
+            try:
+                tree = json.loads(line.decode("utf-8", "replace").lstrip("\ufeff"))
+            except (ValueError, RecursionError) as error:
+                yield f"document {number}: {_reason(error)}"
+                continue
+            value = tree.get(field, _ABSENT) if isinstance(tree, dict) else _ABSENT
+            if isinstance(value, str | None):
+                yield _Document(number, _named(tree.get("id")), (value or "",))
+            else:
+                yield f"document {number}: {_no_text(field)}"
+
+
+_ABSENT = object()
+
+
+def _no_text(field: str) -> str:
+    return f"holds no text in a field {field!r} (see --text-field)"
+
+
+def _named(value: object) -> str | None:
+    return str(value)[:LONGEST_NAME] if isinstance(value, str | int) else None
+
+
+def _lines(reader: BinaryIO) -> Iterator[bytes | Iterator[bytes]]:
+    """Lines; one of more than `LONG_LINE_BYTES` as an iterator over its blocks, valid until the next line is asked for.
+
+    A block may hold ends of lines only behind its line's own, so the rest of it is kept for the next line.
+    """
+    waiting = b""
+    while block := reader.read(_READ_BYTES):
+        *whole, waiting = (waiting + block).split(b"\n") if b"\n" in block else (waiting + block,)
+        yield from whole
+        if len(waiting) > LONG_LINE_BYTES:
+            rest: list[bytes] = []
+            line = _long_line(waiting, reader, rest)
+            yield line
+            for _ in line:  # what nobody wanted
+                pass
+            (waiting,) = rest
+            *whole, waiting = waiting.split(b"\n")
+            yield from whole
+    if waiting:
+        yield waiting
+
+
+def _long_line(begun: bytes, reader: BinaryIO, rest: list[bytes]) -> Iterator[bytes]:
+    """The blocks of a line; what comes behind its end is put into ``rest``."""
+    yield begun
+    while block := reader.read(_READ_BYTES):
+        own, end, behind = block.partition(b"\n")
+        yield own
+        if end:
+            rest.append(behind)
+            return
+    rest.append(b"")
+
+
+def _parquet(reader: BinaryIO, field: str) -> Iterator[_Document | str]:
+    """A document is a row of one column."""
+    arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    try:
+        table = parquet.ParquetFile(reader, pre_buffer=False, buffer_size=_READ_BYTES)
+        columns = [name for name in (field, "id") if name in table.schema_arrow.names]
+        if field not in columns:
+            raise ValueError(f"has no column {field!r} (see --text-field)")
+        largest = max((_row_bytes(table.metadata, group) for group in range(table.metadata.num_row_groups)), default=1)
+        rows = max(1, min(1 << 12, BATCH_BYTES // largest))
+        number = 0
+        for batch in table.iter_batches(batch_size=rows, columns=columns, use_threads=False):
+            texts = batch.column(field).cast(arrow.large_binary())
+            names = batch.column("id").to_pylist() if "id" in columns else [None] * len(texts)
+            for text, name in zip(texts, names, strict=True):
+                number += 1
+                value = text.as_buffer()
+                yield _Document(number, _named(name), _decoded(_blocks(memoryview(value)) if value is not None else ()))
+    except arrow.lib.ArrowException as error:
+        raise ValueError(_reason(error)) from error
+
+
+def _row_bytes(metadata: Any, group: int) -> int:
+    """Mean bytes of a row of a row group, as the file says."""
+    found = metadata.row_group(group)
+    return max(1, int(found.total_byte_size) // max(1, int(found.num_rows)))
+
+
+def _blocks(value: memoryview) -> Iterator[bytes]:
+    for at in range(0, len(value), _READ_BYTES):
+        yield bytes(value[at : at + _READ_BYTES])
+
+
+_READERS = {".txt": _plain_text, ".jsonl": _json_lines, ".parquet": _parquet}
+
+
+# --- bytes ------------------------------------------------------------------------------------------------
+
+_FILE_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, ImportError, MemoryError)
+"""What breaks a file, beside `ValueError`."""
+
+
+class _Told:
+    """A stored file that tells how far it was read."""
+
+    def __init__(self, stored: BinaryIO, tell: Callable[[int], None]) -> None:
+        self._stored, self._tell = stored, tell
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stored.read(size)
+        self._tell(self._stored.tell())
+        return data
+
+
+class _Zstandard:
+    """Unpacks Zstandard frames in bounded memory; unlike the library's own reader it notices a frame cut short."""
+
+    def __init__(self, stored: Reader) -> None:
+        self._stored = stored
+        self._decoder = zstandard.ZstdDecompressor(max_window_size=_ZSTANDARD_WINDOW_BYTES)
+        self._frame = self._decoder.decompressobj()
+        self._packed, self._inside = b"", False
+
+    def read1(self, size: int) -> bytes:
+        """The next bytes, however many a step gives; none at the end.
+
+        Raises:
+            EOFError: The last frame is not whole.
+            zstandard.ZstdError: This is no frame, or one that asks for too much memory.
+        """
+        while packed := self._packed or self._stored.read(_ZSTANDARD_STEP_BYTES):
+            data = self._frame.decompress(packed)
+            self._packed, self._inside = b"", not self._frame.eof
+            if self._frame.eof:
+                self._packed = self._frame.unused_data
+                self._frame = self._decoder.decompressobj()
+            if data:
+                return data
+        if self._inside:
+            raise EOFError("ends inside a Zstandard frame")
+        return b""
+
+
+class _Gathered:
+    """Reads in blocks from what gives any number of bytes; an error comes after what could be read in front of it."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._ready = bytearray()
+        self._error: Exception | None = None
+
+    def read(self, size: int) -> bytes:
+        while len(self._ready) < size and self._error is None:
+            try:
+                data = self._source.read1(size)
+            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+                self._error = error
+                break
+            if not data:
+                break
+            self._ready += data
+        if self._error is not None and not self._ready:
+            raise self._error
+        data = bytes(self._ready[:size])
+        del self._ready[:size]
+        return data
+
+
+@contextmanager
+def _unpacked(stored: BinaryIO, packing: str, seekable: bool, tell: Callable[[int], None]) -> Iterator[Any]:
+    """A reader of the unpacked bytes."""
+    told = _Told(stored, tell)
+    if not packing:
+        yield stored if seekable else told
+        return
+    packed = _Zstandard(told) if packing == ".zst" else gzip.GzipFile(fileobj=told, mode="rb")  # type: ignore[call-overload]
+    reader = _Gathered(packed)
+    if not seekable:
+        yield reader
+        return
+    with tempfile.TemporaryFile() as whole:
+        most = MOST_UNPACKED * max(os.fstat(stored.fileno()).st_size, _READ_BYTES)
+        while block := reader.read(_READ_BYTES):
+            if whole.tell() + len(block) > most:
+                raise ValueError(f"unpacks to more than {most:,} bytes, which no file of its size should")
+            whole.write(block)
+        whole.seek(0)
+        yield whole
+
+
+def _reason(error: BaseException) -> str:
+    """Why something could not be read, in one short line and without its text."""
+    if isinstance(error, ImportError):
+        return "needs pyarrow; install it with `pip install 'takedown-pipeline[parquet]'`"
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON ({error.msg} at character {error.pos})"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    if isinstance(error, RecursionError | MemoryError):
+        return "is nested too deeply" if isinstance(error, RecursionError) else "asks for more memory than there is"
+    return f"cannot be read ({str(error)[:_LONGEST_REASON]})"
+
+
+_LONGEST_REASON = 200
+
+
+def _unread(path: Path, found: str) -> Problem:
+    return Problem(str(path), found, "Its copies are not in the list; mend the file or leave it out on purpose.")
