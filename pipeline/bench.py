@@ -14,7 +14,6 @@ from pipeline.context import (
     flatten,
     forget_spans,
     passages_at,
-    read_texts,
     reference,
     reference_passages,
     reinstated_spans,
@@ -35,6 +34,7 @@ from pipeline.records import (
     Step,
     VectorReport,
 )
+from pipeline.references import read_texts
 from pipeline.runs import Run
 from pipeline.sparse import SalientWeights, Vector, load_mask, norm, save_vector
 from pipeline.unlearn import Fit, Trace

@@ -31,20 +31,15 @@ from pipeline.records import (
     ScreenReport,
     TextScore,
 )
+from pipeline.references import MEASURED, read_texts
 from pipeline.runs import Run, open_run
 from pipeline.settings import Settings
 from pipeline.states import ancestry, excluded, published_versions, purged_versions, request_states
 from pipeline.undo import memorised_in
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
-from pipeline.workspace import Workspace
 
 T = TypeVar("T")
-
-
-def read_texts(workspace: Workspace, kind: str) -> dict[str, str]:
-    """The reference texts of one kind, by file name."""
-    return {p.name: p.read_text(encoding="utf-8") for p in sorted((workspace.reference / kind).glob("*.txt"))}
 
 
 def model_folder(run: Run, version: int) -> Path:
@@ -161,7 +156,7 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     """Measure v0 on the reference texts, once for the lineage."""
     run = open_run(workspace_root, run_id)
     workspace, settings = run.workspace, run.settings
-    texts = {kind: read_texts(workspace, kind) for kind in ("retain", "kept", "heldout")}
+    texts: dict[str, dict[str, str]] = {kind: read_texts(workspace, kind) for kind in MEASURED}
     parts = (settings.passages, settings.screen, settings.evaluate, settings.unlearn.anchor_top_k,
              settings.unlearn.anchor_pool)  # fmt: skip
     key = digest_json([

@@ -470,7 +470,7 @@ def _reason(error: BaseException) -> str:
         return f"cannot be read ({error.strerror})"
     if isinstance(error, RecursionError | MemoryError):
         return "is nested too deeply" if isinstance(error, RecursionError) else "asks for more memory than there is"
-    return f"cannot be read ({str(error)[:_LONGEST_REASON]})"
+    return f"cannot be read ({' '.join(str(error).split())[:_LONGEST_REASON]})"
 
 
 _LONGEST_REASON = 200

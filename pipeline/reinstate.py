@@ -10,9 +10,12 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from pipeline.dedupe import dedupe
 from pipeline.errors import UsageError
+from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
 from pipeline.records import Event, LedgerEntry, VersionManifest
+from pipeline.references import boilerplate
 from pipeline.runs import Plan, begin
 from pipeline.states import (
     RELEASED,
@@ -157,9 +160,6 @@ def _shared_steps(shared: Iterable[str], entries: Sequence[LedgerEntry], request
 
 def _kept_out(workspace: Workspace, chosen: Sequence[str], out: Iterable[str]) -> list[str]:
     """Requests whose text is, by the rule for repeats, also that of others which stand."""
-    from pipeline.dedupe import dedupe
-    from pipeline.index import DedupeIndex  # datasketch takes long to import
-
     vault = Vault(workspace.vault)
     workspace.runs.mkdir(exist_ok=True)
     with (
@@ -167,12 +167,10 @@ def _kept_out(workspace: Workspace, chosen: Sequence[str], out: Iterable[str]) -
         tempfile.TemporaryDirectory(prefix=".check-", dir=workspace.runs) as folder,
         DedupeIndex.open(Path(folder)) as index,
     ):
-        for name in out:
-            index.add(name, vault.get(name).text)
-        boilerplate = [
-            path.read_text(encoding="utf-8") for path in sorted((workspace.reference / "boilerplate").glob("*.txt"))
-        ]
-        decisions = dedupe([vault.get(name) for name in chosen], index, workspace.settings().dedupe, boilerplate)
+        index.add_many((name, vault.get(name).text) for name in out)
+        decisions = dedupe(
+            [vault.get(name) for name in chosen], index, workspace.settings().dedupe, boilerplate(workspace)
+        )
     others = {d.request_id: [e.request_id for e in d.evidence if e.request_id not in chosen] for d in decisions}
     return [
         f"{d.request_id}: its text is out for {', '.join(others[d.request_id])}, too. Reinstate those with it."

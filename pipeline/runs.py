@@ -19,6 +19,7 @@ from pipeline.errors import StoreDamaged, UsageError
 from pipeline.files import canonical_json, digest_file, digest_json, explained_space, read_json, write_json
 from pipeline.ledger import Ledger
 from pipeline.records import Event, Record
+from pipeline.references import KINDS
 from pipeline.settings import Settings
 from pipeline.states import in_force, published_versions, request_states
 from pipeline.vault import Vault
@@ -205,7 +206,7 @@ def references_digest(workspace: Workspace) -> str:
     """Keyed digest of all reference texts: a plan is kept as evidence, and no plain digest of a text may be in it."""
     digests = {
         str(path.relative_to(workspace.reference)): digest_file(path)
-        for kind in ("retain", "kept", "heldout", "boilerplate")
+        for kind in KINDS
         for path in sorted((workspace.reference / kind).glob("*.txt"))
     }
     return Vault(workspace.vault).commitment(canonical_json(digests).decode())

@@ -36,6 +36,7 @@ from pipeline.files import (
 from pipeline.fingerprints import CORPUS_PARAMETERS, FingerprintSet
 from pipeline.progress import tell
 from pipeline.records import LedgerEntry, Record
+from pipeline.references import boilerplate
 from pipeline.scan import BRIDGED_WORDS, KEY, UNIT_CHARS, WITHIN_WORDS, Assembly, Copy, Rule, weight
 from pipeline.states import request_states
 from pipeline.vault import Vault, received_data
@@ -153,15 +154,7 @@ def claimed_works(workspace: Workspace, entries: Sequence[LedgerEntry]) -> Finge
     if not names:
         raise UsageError("Nothing is taken down and nothing waits, so there is nothing to look for.")
     works = ((name, vault.confirmed(name, received[name]).text) for name in names)
-    boilerplate = [_read_text(path) for path in sorted((workspace.reference / "boilerplate").glob("*.txt"))]
-    return FingerprintSet.of(works, boilerplate, workspace.settings().dedupe.boilerplate_works)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: is not UTF-8 (byte {error.start}). Save it as UTF-8, or take it away.") from error
+    return FingerprintSet.of(works, boilerplate(workspace), workspace.settings().dedupe.boilerplate_works)
 
 
 # --- the search -------------------------------------------------------------------------------------------

@@ -15,17 +15,13 @@ it is read for the first time in a process.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import mmap
-import os
-import stat
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +39,7 @@ from pipeline.files import (
     unreadable,
 )
 from pipeline.records import Record
+from pipeline.safefile import open_regular
 from pipeline.shingles import DedupeParameters, Prints, ShingledText, Signatures, sign
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
@@ -337,12 +334,12 @@ class SegmentFile:
         self.path = path
         self._parameters = parameters
         self._segment: Segment | None = None
-        try:
-            with _regular(path) as stream:
+        stream, size = open_regular(path)
+        with stream:
+            try:
                 head = stream.read(PAGE_BYTES)
-                size = stream.seek(0, 2)
-        except OSError as error:
-            raise _damaged(path, unreadable(error)) from error
+            except OSError as error:
+                raise _damaged(path, unreadable(error)) from error
         self.header = _parse(path, head)
         if self.header.parameters != parameters_digest(parameters):
             raise _damaged(path, "was made with other parameters")
@@ -364,7 +361,7 @@ class SegmentFile:
 
     def _mapped(self) -> Segment:
         header, bands = self.header, self._parameters.bands
-        with _regular(self.path) as stream:
+        with open_regular(self.path)[0] as stream:
             # Through read, not through the map: checked pages need not stay in this process's memory.
             stream.seek(_PREFIX.size + len(canonical_json(header.model_dump())))
             hasher = hashlib.sha256()
@@ -389,17 +386,6 @@ class SegmentFile:
             raise _damaged(self.path, "holds what this product does not write")
         view.madvise(mmap.MADV_DONTNEED)  # what was only checked need not stay in memory
         return segment
-
-
-@contextmanager
-def _regular(path: Path) -> Iterator[BinaryIO]:
-    """A file opened for reading; a pipe in its place would block for ever."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
-    with os.fdopen(fd, "rb") as stream:
-        yield stream
 
 
 def _parse(path: Path, head: bytes) -> SegmentHeader:

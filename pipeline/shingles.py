@@ -145,24 +145,6 @@ def sign(windows: Iterable[Prints], parameters: DedupeParameters) -> Signatures:
     return np.concatenate(rows) if rows else np.empty((0, parameters.num_perm), dtype=np.uint32)
 
 
-def sign_windows(text: ShingledText, parameters: DedupeParameters) -> Signatures:
-    """Signatures of a text's windows: ``sign(text.windows(parameters), parameters)``, in half the time.
-
-    A window that is a whole number of steps long is the union of as many stretches of one step, and its signature the
-    minimum of theirs.
-    """
-    size, step = parameters.window_shingles, parameters.window_step
-    if size % step:
-        return sign(text.windows(parameters), parameters)
-    steps = sign((text.sequence[at : at + step] for at in range(0, len(text.sequence), step)), parameters)
-    windows = max(len(steps) - size // step + 1, min(len(steps), 1))
-    result = steps[:windows].copy()
-    for later in range(1, size // step):
-        following = steps[later : later + windows]
-        np.minimum(result[: len(following)], following, out=result[: len(following)])
-    return result
-
-
 def to_lean(signatures: Signatures, parameters: DedupeParameters) -> Iterator[LeanMinHash]:
     """Signatures as datasketch's own objects, which every LSH class of it takes."""
     from datasketch import LeanMinHash  # half a second, most of it SciPy's: longer than many a search

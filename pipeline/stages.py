@@ -22,7 +22,6 @@ from pipeline.context import (
     model_folder,
     parent_model,
     passages_at,
-    read_texts,
     reference,
     reference_passages,
     reinstated_spans,
@@ -60,6 +59,7 @@ from pipeline.records import (
     TextScore,
     Verdict,
 )
+from pipeline.references import boilerplate, read_texts
 from pipeline.runs import DAMAGED_RUN, Run, open_run
 from pipeline.safefile import model_root, read_header
 from pipeline.saliency import WeightedPassages, accumulate_gradients, select
@@ -88,8 +88,9 @@ def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
             states = excluded(ledger.entries(), run.plan.parent)
         # In a reinstatement everything that stays out is worked on, and nothing but that is compared.
         done = [] if run.plan.reinstates else [name for name, state in states.items() if state.decision != "repeat"]
-        boilerplate = tuple(read_texts(run.workspace, "boilerplate").values())
-        keep = {f"{k}/{n}": t for k in ("retain", "kept") for n, t in read_texts(run.workspace, k).items()}
+        ignored = boilerplate(run.workspace)
+        keep = {f"retain/{n}": t for n, t in read_texts(run.workspace, "retain").items()}
+        keep |= {f"kept/{n}": t for n, t in read_texts(run.workspace, "kept").items()}
         with DedupeIndex.open(run.folder / "index" if run.plan.reinstates else run.workspace.index) as index:
             if index.renewed is not None:
                 tell("dedupe", 0, 0, f"the index of release {index.renewed} is built again from the vault")
@@ -99,9 +100,9 @@ def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
             for name in known.difference(done):
                 index.remove(name)
             index.add_many((name, vault.get(name).text) for name in done if name not in known)
-            decisions = dedupe(requests, index, run.settings.dedupe, boilerplate)
+            decisions = dedupe(requests, index, run.settings.dedupe, ignored)
             waiting = {request.request_id: request.text for request in requests}
-            excluded_texts = exclude_retain(keep, waiting, run.settings.dedupe, index=index, boilerplate=boilerplate)
+            excluded_texts = exclude_retain(keep, waiting, run.settings.dedupe, index=index, boilerplate=ignored)
         return DedupeReport(decisions=decisions, retain_excluded=excluded_texts)
 
     return run.stage("dedupe", DedupeReport, (), compute)

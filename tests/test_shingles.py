@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from pipeline import shingles
 from pipeline.normalise import is_spaceless, words
-from pipeline.shingles import DedupeParameters, Prints, fingerprint, shingle, shingle_many, sign, sign_windows, to_lean
+from pipeline.shingles import DedupeParameters, Prints, fingerprint, shingle, shingle_many, sign, to_lean
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = DedupeParameters()
@@ -205,14 +205,6 @@ def test_signatures_of_any_values(values: list[int], empty: int) -> None:
     assert np.array_equal(rows[empty], of_datasketch(window, PARAMETERS))
     assert (np.delete(rows, empty, axis=0) == 0xFFFFFFFF).all()
     assert np.array_equal(np.array(values, dtype=np.uint64), window)  # what is signed is left as it was
-
-
-@given(st.integers(0, 400), st.sampled_from([(98, 49), (4, 2), (6, 2), (3, 3), (1, 1), (7, 3), (49, 98)]))
-@settings(deadline=None)
-def test_signatures_of_windows(count: int, sizes: tuple[int, int]) -> None:
-    parameters = DedupeParameters(window_shingles=sizes[0], window_step=sizes[1])
-    text = shingle(" ".join(map(str, range(count))), parameters)
-    assert np.array_equal(sign_windows(text, parameters), sign(text.windows(parameters), parameters))
 
 
 def test_signatures_go_back_into_datasketch() -> None:
