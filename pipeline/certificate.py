@@ -16,12 +16,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline import verify_bundle
+from pipeline.certified import Answered, Certificate, LaterVersion, Measured, ProvenCheck
 from pipeline.errors import StoreDamaged, UsageError
 from pipeline.evidence import check_leaves, find_check, recall
 from pipeline.files import (
@@ -37,7 +38,7 @@ from pipeline.keys import log_vkey, model_public_key
 from pipeline.ledger import Ledger
 from pipeline.merkle import consistency_proof, inclusion_proof, leaf_hash, root_of_hashes, verify_consistency
 from pipeline.notes import MAX_NOTE_BYTES, read_checkpoint
-from pipeline.records import Comparison, Evaluation, LedgerEntry, NeverSeenLevel, Record, TextScore
+from pipeline.records import Evaluation, LedgerEntry, TextScore
 from pipeline.report_svg import plain_text
 from pipeline.report_words import decimal
 from pipeline.states import RequestState, ancestry, current_version, published_versions, put_back, request_states
@@ -49,259 +50,6 @@ CERTIFICATE, PAGE = "certificate.json", "certificate.html"
 
 STATES_CERTIFIED = ("verified", "countered", *verify_bundle.ANSWERS)
 """States of which a certificate can speak; a countered text stays out until it is reinstated."""
-
-# --- the record; every time is text as the log has it -----------------------------------------------------
-
-
-class CertifiedRequest(Record):
-    """The request; title and rights holder are the sender's words and stand in no log.
-
-    Attributes:
-        request_id: Its id.
-        title: Name of the work, untrusted.
-        rights_holder: Who claims, untrusted.
-        batch_id: Batch that it came in.
-        received_at: When, as the batch says.
-        recorded_at: When the log recorded it.
-        commitment: Keyed digest of the text; whoever has the vault's key can recompute it.
-        record: Likewise of title, rights holder, basis and contact together with that; None, and left out of the
-            JSON, where the log has none because an earlier release recorded the request.
-    """
-
-    request_id: str
-    title: str
-    rights_holder: str
-    batch_id: str
-    received_at: str
-    recorded_at: str
-    commitment: str
-    record: str | None = None
-
-
-class CertifiedVersion(Record):
-    """The version that the certificate is about, as the log published it.
-
-    Attributes:
-        version: Its number: the first that excludes the text, else the one on which the text was measured.
-        root: Tensor root, the identity of the weights.
-        manifest: Digest of its manifest, which is not given away.
-        signature: Digest of ``model.sig``.
-        parent: Version that it was made from; None for v0.
-        published_at: When.
-        published_by: Who.
-    """
-
-    version: int
-    root: str
-    manifest: str
-    signature: str
-    parent: int | None
-    published_at: str
-    published_by: str
-
-
-class LaterVersion(Record):
-    """A version made from that one.
-
-    Attributes:
-        version: Its number.
-        root: Tensor root.
-        published_at: When.
-        published_by: Who.
-        measured: Score of the text on it; None where it was not measured, as with a text that was not excluded.
-    """
-
-    version: int
-    root: str
-    published_at: str
-    published_by: str
-    measured: TextScore | None
-
-
-class Measured(Record):
-    """What was measured of a text that was taken out.
-
-    Attributes:
-        before: On the parent.
-        after: On the version that excludes it.
-        level: Score of text that the model never saw.
-        limit: Level plus the tolerance that was fixed beforehand.
-    """
-
-    before: TextScore
-    after: TextScore
-    level: NeverSeenLevel
-    limit: float
-
-
-class Answered(Record):
-    """What was measured of a text that needed no new version.
-
-    Attributes:
-        exact_memorisation: Share of its tokens that the model predicted, over the whole text, in [0, 1].
-        passages: Number of passages of the text.
-        memorised: How many of them counted as memorised.
-        covered: Share of the text that earlier takedowns cover, in [0, 1].
-    """
-
-    exact_memorisation: float
-    passages: int
-    memorised: int
-    covered: float
-
-
-class FixedBefore(Record):
-    """What was on record before the run that answered.
-
-    Attributes:
-        run_id: The run.
-        planned_at: When.
-        planned_by: Who.
-        limits: The gate's limits.
-        settings: Digest of all settings.
-        code: Release that computed.
-    """
-
-    run_id: str
-    planned_at: str
-    planned_by: str
-    limits: dict[str, float]
-    settings: str
-    code: str
-
-
-class GateDecision(Record):
-    """How the gate decided.
-
-    Attributes:
-        accepted_at: When.
-        accepted_by: Who.
-        checks: Root over everything that was measured in the run.
-        reasons: Limits broken: none.
-        unchecked: Limits that could not be checked.
-    """
-
-    accepted_at: str
-    accepted_by: str
-    checks: str
-    reasons: tuple[str, ...]
-    unchecked: tuple[str, ...]
-
-
-class ProvenCheck(Record):
-    """A measurement with its way up to the root over all measurements of its run.
-
-    Attributes:
-        version: Version measured.
-        comparison: The measurement.
-        index: Its place among them, from 0.
-        size: How many there are.
-        proof: Merkle inclusion proof, each hash in base64.
-    """
-
-    version: int
-    comparison: Comparison
-    index: int
-    size: int
-    proof: tuple[str, ...]
-
-
-class ProvenEntry(Record):
-    """An entry of the log.
-
-    Attributes:
-        leaf: Its exact text, ASCII; the leaf's number is its ``seq`` less one.
-        proof: Merkle inclusion proof to the checkpoint's root, each hash in base64.
-    """
-
-    leaf: str
-    proof: tuple[str, ...]
-
-
-class Continued(Record):
-    """An older checkpoint, and the proof that the log was only added to since.
-
-    Attributes:
-        checkpoint: As it was signed then.
-        size: How many entries it signs.
-        proof: Merkle consistency proof to the newest checkpoint's root, each hash in base64.
-    """
-
-    checkpoint: str
-    size: int
-    proof: tuple[str, ...]
-
-
-class LogProof(Record):
-    """The log as far as the certificate needs it.
-
-    Attributes:
-        checkpoint: The newest signed checkpoint.
-        vkey: The key that signed it.
-        entries: By rising number.
-        since: An older checkpoint that this one continues; left out of the JSON where none was given.
-    """
-
-    checkpoint: str
-    vkey: str
-    entries: tuple[ProvenEntry, ...]
-    since: Continued | None = None
-
-
-class Certificate(Record):
-    """What is certified of a request.
-
-    Attributes:
-        format: Version of this layout.
-        issued_at: When this was written.
-        lineage: Name of the lineage.
-        request: The request.
-        outcome: ``excluded`` by a version, else how it was answered without one.
-        state: Where the request stands now.
-        decided_at: When that was decided.
-        decided_by: Who ran it.
-        version: The version that this is about.
-        current: The version in force.
-        later: Versions made from that one, up to the one in force.
-        passages: Token ranges (prompt start, start, end) of the text that were taken out and measured.
-        measured: For a text that was taken out.
-        answer: For one that was not.
-        plan: What was on record beforehand.
-        gate: For a text that was taken out.
-        statement: What this certifies in words, and what it does not.
-        checks: The measurements, with proofs.
-        log: The log's entries, with proofs.
-    """
-
-    format: Literal["takedown-certificate-1"]
-    issued_at: str
-    lineage: str
-    request: CertifiedRequest
-    outcome: Literal["excluded", "repeat", "folded", "empty", "not-memorised"]
-    state: str
-    decided_at: str
-    decided_by: str
-    version: CertifiedVersion
-    current: int
-    later: tuple[LaterVersion, ...]
-    passages: tuple[tuple[int, int, int], ...]
-    measured: Measured | None
-    answer: Answered | None
-    plan: FixedBefore
-    gate: GateDecision | None
-    statement: tuple[str, ...]
-    checks: tuple[ProvenCheck, ...]
-    log: LogProof
-
-    def as_json(self) -> dict[str, Any]:
-        """The document as it is written: without the fields that earlier releases do not know, where they are empty."""
-        tree = self.model_dump(mode="json")
-        if self.log.since is None:
-            del tree["log"]["since"]
-        if self.request.record is None:
-            del tree["request"]["record"]
-        return tree
-
 
 # --- reading ----------------------------------------------------------------------------------------------
 
@@ -529,72 +277,87 @@ def certify(workspace: Workspace, request_id: str, since: Path | None = None) ->
     checks = _checks(log, store, case, request_id)
     used = _used_entries(log, case, request_id)
     received = next(e for e in used if e.event.kind == "received")
-    request = Vault(workspace.vault).confirmed(request_id, received.event.data)
     decision, version = case.decision, _published(log, case.path[0])
-    plan = log.needed("planned", run_id=decision.event.run_id)
-    hashes = [leaf_hash(leaf) for leaf in log.leaves]
     measured = {check.version: check.comparison.after for check in checks}
-    data = decision.event.data
-
-    def later(number: int) -> LaterVersion:
-        entry = _published(log, number)
-        return LaterVersion(
-            version=number,
-            root=str(entry.event.data["root"]),
-            published_at=log.at(entry),
-            published_by=entry.event.actor,
-            measured=measured.get(number),
-        )
-
     tree: dict[str, Any] = {
         "format": verify_bundle.FORMAT,
         "issued_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "lineage": _published(log, 0).event.data.get("lineage"),
-        "request": {
-            "request_id": request_id,
-            "title": request.title,
-            "rights_holder": request.rights_holder,
-            "batch_id": received.event.data["batch_id"],
-            "received_at": received.event.data["received_at"],
-            "recorded_at": log.at(received),
-            "commitment": received.event.data["commitment"],
-            "record": received.event.data.get("record"),
-        },
+        "request": _request(log, workspace, request_id, received),
         "outcome": "excluded" if case.excluded else decision.event.kind,
         "state": case.state.state,
         "decided_at": log.at(decision),
         "decided_by": decision.event.actor,
-        "version": {
-            "version": case.path[0],
-            **{name: version.event.data.get(name) for name in ("root", "manifest", "signature", "parent")},
-            "published_at": log.at(version),
-            "published_by": version.event.actor,
-        },
+        "version": _version(log, version),
         "current": case.path[-1],
-        "later": [later(number).model_dump(mode="json") for number in case.path[1:]],
+        "later": [_later(log, number, measured.get(number)).model_dump(mode="json") for number in case.path[1:]],
         "passages": _passages(store, version, request_id) if case.excluded else (),
-        "measured": data if case.excluded else None,
-        "answer": None if case.excluded else {name: data.get(name) for name in Answered.model_fields},
-        "plan": {
-            "run_id": decision.event.run_id,
-            "planned_at": log.at(plan),
-            "planned_by": plan.event.actor,
-            **{name: plan.event.data.get(name) for name in ("limits", "settings", "code")},
-        },
+        "measured": decision.event.data if case.excluded else None,
+        "answer": None if case.excluded else {name: decision.event.data.get(name) for name in Answered.model_fields},
+        "plan": _plan(log, case),
         "gate": _gate(log, case),
         "checks": [check.model_dump(mode="json") for check in checks],
-        "log": {
-            "checkpoint": log.note,
-            "vkey": log.vkey,
-            "entries": [
-                {"leaf": log.leaves[e.seq - 1].decode(), "proof": _hashes(inclusion_proof(hashes, e.seq - 1))}
-                for e in used
-            ],
-        },
+        "log": _proofs(log, used, since),
     }
-    if since is not None:
-        tree["log"] = {**tree["log"], "since": _continued(log, hashes, since)}
     return Certificate.model_validate({**tree, "statement": verify_bundle.statement(tree)})
+
+
+def _request(log: _Log, workspace: Workspace, request_id: str, received: LedgerEntry) -> dict[str, object]:
+    """The request: the sender's words from the vault, confirmed, and what the log says of its arrival."""
+    request = Vault(workspace.vault).confirmed(request_id, received.event.data)
+    return {
+        "request_id": request_id,
+        "title": request.title,
+        "rights_holder": request.rights_holder,
+        "batch_id": received.event.data["batch_id"],
+        "received_at": received.event.data["received_at"],
+        "recorded_at": log.at(received),
+        "commitment": received.event.data["commitment"],
+        "record": received.event.data.get("record"),
+    }
+
+
+def _version(log: _Log, entry: LedgerEntry) -> dict[str, object]:
+    """The version that the answer names."""
+    return {
+        "version": entry.event.version,
+        **{name: entry.event.data.get(name) for name in ("root", "manifest", "signature", "parent")},
+        "published_at": log.at(entry),
+        "published_by": entry.event.actor,
+    }
+
+
+def _later(log: _Log, number: int, measured: TextScore | None) -> LaterVersion:
+    """A version made from it."""
+    entry = _published(log, number)
+    return LaterVersion(
+        version=number,
+        root=str(entry.event.data["root"]),
+        published_at=log.at(entry),
+        published_by=entry.event.actor,
+        measured=measured,
+    )
+
+
+def _plan(log: _Log, case: _Case) -> dict[str, object]:
+    """What was on record before anything was measured."""
+    plan = log.needed("planned", run_id=case.decision.event.run_id)
+    return {
+        "run_id": plan.event.run_id,
+        "planned_at": log.at(plan),
+        "planned_by": plan.event.actor,
+        **{name: plan.event.data.get(name) for name in ("limits", "settings", "code")},
+    }
+
+
+def _proofs(log: _Log, used: Sequence[LedgerEntry], since: Path | None) -> dict[str, object]:
+    """The entries that the certificate rests on, each proven to be in the log, and the log's checkpoint."""
+    hashes = [leaf_hash(leaf) for leaf in log.leaves]
+    entries = [
+        {"leaf": log.leaves[e.seq - 1].decode(), "proof": _hashes(inclusion_proof(hashes, e.seq - 1))} for e in used
+    ]
+    proofs: dict[str, object] = {"checkpoint": log.note, "vkey": log.vkey, "entries": entries}
+    return proofs if since is None else {**proofs, "since": _continued(log, hashes, since)}
 
 
 def _gate(log: _Log, case: _Case) -> dict[str, object] | None:

@@ -7,24 +7,22 @@ a whole file, a whole line or a whole unpacked archive in memory; a file that is
 from __future__ import annotations
 
 import codecs
-import gzip
 import json
 import os
 import re
 import stat
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Protocol
+from typing import Any, BinaryIO, Final
 
 import zstandard
 
 from pipeline.errors import InvalidInput, Problem
 from pipeline.longjson import long_text
+from pipeline.unpacking import READ_BYTES, unpacked
 
 PIECE_CHARS: Final = 1 << 18
 """Characters of a piece: large enough that its cost is that of its text, small enough for the cache."""
@@ -34,9 +32,6 @@ LONG_LINE_BYTES: Final = 1 << 24
 """A JSON line longer than this is read in a stream; the others as a whole, which is faster."""
 BATCH_BYTES: Final = 1 << 24
 """Text of a batch of Parquet rows."""
-MOST_UNPACKED: Final = 64
-"""A packed Parquet file, which has to be unpacked whole, may be this many times as large unpacked: it is compressed
-inside already."""
 LONGEST_NAME: Final = 200
 """Characters that are kept of a document's id."""
 
@@ -45,11 +40,6 @@ _PACKINGS = ("", ".gz", ".zst")
 SUFFIXES: Final = tuple(kind + packing for kind in _KINDS for packing in _PACKINGS)
 """Names of files that are read, in lower case."""
 
-_READ_BYTES = 1 << 20
-_ZSTANDARD_STEP_BYTES = 1 << 10
-"""Compressed bytes decoded at once: a block of 4 bytes may stand for 128 KiB, so this makes at most 32 MiB."""
-_ZSTANDARD_WINDOW_BYTES = 1 << 27
-"""Most memory that a Zstandard frame may ask for; what `zstd -d` grants."""
 _CUT = re.compile("(?<=[^\\s\\-\u2010\u00ad])\\s")
 """White space where words end for certain: after a hyphen a word might go on in the next line."""
 
@@ -95,12 +85,6 @@ class Piece:
     def whole(self) -> bool:
         """Whether this is the whole document."""
         return self.last and not self.start
-
-
-class Reader(Protocol):
-    """Anything that gives up to so many bytes, and none at its end."""
-
-    def read(self, size: int, /) -> bytes: ...
 
 
 # --- which files ------------------------------------------------------------------------------------------
@@ -187,7 +171,7 @@ def read_file(number: int, file: CorpusFile, field: str, tell: Callable[[int], N
     packing = next((end for end in _PACKINGS if end and name.endswith(end)), "")
     documents = _READERS[Path(name.removesuffix(packing)).suffix]
     try:
-        with file.path.open("rb") as stored, _unpacked(stored, packing, documents is _parquet, tell) as reader:
+        with file.path.open("rb") as stored, unpacked(stored, packing, documents is _parquet, tell) as reader:
             for document in documents(reader, field):
                 if isinstance(document, str):
                     yield _unread(file.path, document)
@@ -256,7 +240,7 @@ def _cut_at(text: str) -> int:
 
 def _plain_text(reader: BinaryIO, field: str) -> Iterator[_Document | str]:
     """The file is one document."""
-    yield _Document(1, None, _decoded(iter(lambda: reader.read(_READ_BYTES), b"")))
+    yield _Document(1, None, _decoded(iter(lambda: reader.read(READ_BYTES), b"")))
 
 
 def _decoded(blocks: Iterable[bytes]) -> Iterator[str]:
@@ -302,7 +286,7 @@ def _lines(reader: BinaryIO) -> Iterator[bytes | Iterator[bytes]]:
     A block may hold ends of lines only behind its line's own, so the rest of it is kept for the next line.
     """
     waiting = b""
-    while block := reader.read(_READ_BYTES):
+    while block := reader.read(READ_BYTES):
         *whole, waiting = (waiting + block).split(b"\n") if b"\n" in block else (waiting + block,)
         yield from whole
         if len(waiting) > LONG_LINE_BYTES:
@@ -321,7 +305,7 @@ def _lines(reader: BinaryIO) -> Iterator[bytes | Iterator[bytes]]:
 def _long_line(begun: bytes, reader: BinaryIO, rest: list[bytes]) -> Iterator[bytes]:
     """The blocks of a line; what comes behind its end is put into ``rest``."""
     yield begun
-    while block := reader.read(_READ_BYTES):
+    while block := reader.read(READ_BYTES):
         own, end, behind = block.partition(b"\n")
         yield own
         if end:
@@ -334,7 +318,7 @@ def _parquet(reader: BinaryIO, field: str) -> Iterator[_Document | str]:
     """A document is a row of one column."""
     arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     try:
-        table = parquet.ParquetFile(reader, pre_buffer=False, buffer_size=_READ_BYTES)
+        table = parquet.ParquetFile(reader, pre_buffer=False, buffer_size=READ_BYTES)
         columns = [name for name in (field, "id") if name in table.schema_arrow.names]
         if field not in columns:
             raise ValueError(f"has no column {field!r} (see --text-field)")
@@ -359,105 +343,17 @@ def _row_bytes(metadata: Any, group: int) -> int:
 
 
 def _blocks(value: memoryview) -> Iterator[bytes]:
-    for at in range(0, len(value), _READ_BYTES):
-        yield bytes(value[at : at + _READ_BYTES])
+    for at in range(0, len(value), READ_BYTES):
+        yield bytes(value[at : at + READ_BYTES])
 
 
 _READERS = {".txt": _plain_text, ".jsonl": _json_lines, ".parquet": _parquet}
 
 
-# --- bytes ------------------------------------------------------------------------------------------------
+# --- what went wrong ------------------------------------------------------------------------------------------------
 
 _FILE_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, ImportError, MemoryError)
 """What breaks a file, beside `ValueError`."""
-
-
-class _Told:
-    """A stored file that tells how far it was read."""
-
-    def __init__(self, stored: BinaryIO, tell: Callable[[int], None]) -> None:
-        self._stored, self._tell = stored, tell
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stored.read(size)
-        self._tell(self._stored.tell())
-        return data
-
-
-class _Zstandard:
-    """Unpacks Zstandard frames in bounded memory; unlike the library's own reader it notices a frame cut short."""
-
-    def __init__(self, stored: Reader) -> None:
-        self._stored = stored
-        self._decoder = zstandard.ZstdDecompressor(max_window_size=_ZSTANDARD_WINDOW_BYTES)
-        self._frame = self._decoder.decompressobj()
-        self._packed, self._inside = b"", False
-
-    def read1(self, size: int) -> bytes:
-        """The next bytes, however many a step gives; none at the end.
-
-        Raises:
-            EOFError: The last frame is not whole.
-            zstandard.ZstdError: This is no frame, or one that asks for too much memory.
-        """
-        while packed := self._packed or self._stored.read(_ZSTANDARD_STEP_BYTES):
-            data = self._frame.decompress(packed)
-            self._packed, self._inside = b"", not self._frame.eof
-            if self._frame.eof:
-                self._packed = self._frame.unused_data
-                self._frame = self._decoder.decompressobj()
-            if data:
-                return data
-        if self._inside:
-            raise EOFError("ends inside a Zstandard frame")
-        return b""
-
-
-class _Gathered:
-    """Reads in blocks from what gives any number of bytes; an error comes after what could be read in front of it."""
-
-    def __init__(self, source: Any) -> None:
-        self._source = source
-        self._ready = bytearray()
-        self._error: Exception | None = None
-
-    def read(self, size: int) -> bytes:
-        while len(self._ready) < size and self._error is None:
-            try:
-                data = self._source.read1(size)
-            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-                self._error = error
-                break
-            if not data:
-                break
-            self._ready += data
-        if self._error is not None and not self._ready:
-            raise self._error
-        data = bytes(self._ready[:size])
-        del self._ready[:size]
-        return data
-
-
-@contextmanager
-def _unpacked(stored: BinaryIO, packing: str, seekable: bool, tell: Callable[[int], None]) -> Iterator[Any]:
-    """A reader of the unpacked bytes."""
-    told = _Told(stored, tell)
-    if not packing:
-        yield stored if seekable else told
-        return
-    packed = _Zstandard(told) if packing == ".zst" else gzip.GzipFile(fileobj=told, mode="rb")  # type: ignore[call-overload]
-    reader = _Gathered(packed)
-    if not seekable:
-        yield reader
-        return
-    with tempfile.TemporaryFile() as whole:
-        most = MOST_UNPACKED * max(os.fstat(stored.fileno()).st_size, _READ_BYTES)
-        while block := reader.read(_READ_BYTES):
-            if whole.tell() + len(block) > most:
-                raise ValueError(f"unpacks to more than {most:,} bytes, which no file of its size should")
-            whole.write(block)
-        whole.seek(0)
-        yield whole
 
 
 def _reason(error: BaseException) -> str:

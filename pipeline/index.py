@@ -17,11 +17,9 @@ its SHA-256 and structure before it is searched. `examine` checks all of it, and
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from functools import cache
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +28,17 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import numpy as np
 
 from pipeline.errors import NoSpace, StoreDamaged, UsageError, WorkspaceBusy
-from pipeline.files import canonical_json, digest_bytes, digest_json, make_folder, remove, write_atomic
+from pipeline.files import digest_bytes, digest_json, make_folder, remove, write_atomic
+from pipeline.indexfile import (
+    REBUILD,
+    check_declared,
+    connected,
+    declare,
+    empty_index,
+    explained,
+    release_of,
+    transaction,
+)
 from pipeline.segments import (
     Segment,
     SegmentFile,
@@ -90,15 +98,15 @@ class DedupeIndex:
         path = folder / "index.db"
         if not path.exists():
             # Made whole, then renamed: an index that is empty later is a damaged one, never a new one.
-            write_atomic(path, _empty_index(parameters), 0o600)
-        with _connected(path) as database:
-            release = _older_release(database) if parameters == DedupeParameters() else None
+            write_atomic(path, empty_index(parameters), 0o600)
+        with connected(path) as database:
+            release = release_of(database) if parameters == DedupeParameters() else None
             if release is not None:
-                with _transaction(database):
+                with transaction(database):
                     for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
                         database.execute(f'DROP TABLE "{table}"')
-                    _declare(database, parameters)
-            _check_declared(path, database, parameters)
+                    declare(database, parameters)
+            check_declared(path, database, parameters)
         index = cls(path, database, parameters)
         index.renewed = release
         return index
@@ -119,7 +127,7 @@ class DedupeIndex:
 
     def ids(self) -> tuple[str, ...]:
         """Every takedown indexed, in the order they were added."""
-        with _explained(self.path):
+        with explained(self.path):
             rows = self._database.execute("SELECT request_id FROM takedown ORDER BY position").fetchall()
         return tuple(row[0] for row in rows)
 
@@ -173,7 +181,7 @@ class DedupeIndex:
     def _insert(self, rows: Sequence[tuple[str, Prints, Signatures]]) -> int:
         """Add rows in one transaction; returns how many were not there."""
         added = 0
-        with _explained(self.path), _transaction(self._database):
+        with explained(self.path), transaction(self._database):
             position, chain = self._tip()
             for name, prints, signatures in rows:
                 for held in self._rows("WHERE request_id = ?", name):
@@ -200,7 +208,7 @@ class DedupeIndex:
 
         Its place is never given to another. Files that hold it are deleted, and made again without it.
         """
-        with _explained(self.path), _transaction(self._database):
+        with explained(self.path), transaction(self._database):
             found = self._database.execute(
                 "SELECT position, chain FROM takedown WHERE request_id = ?", (request_id,)
             ).fetchone()
@@ -230,10 +238,10 @@ class DedupeIndex:
         query = (
             f"SELECT position, request_id, digest, chain, prints, signatures FROM takedown {where} ORDER BY position"
         )
-        with _explained(self.path):
+        with explained(self.path):
             for position, name, digest, chain, prints, signatures in self._database.execute(query, values):
                 if digest != _row_digest(name, prints, signatures):
-                    raise StoreDamaged(f"{self.path}: the row of {name!r} does not match its digest. {_REBUILD}")
+                    raise StoreDamaged(f"{self.path}: the row of {name!r} does not match its digest. {REBUILD}")
                 rows = np.frombuffer(signatures, "<u4").reshape(-1, self.parameters.num_perm)
                 found = _Row(position, name, digest, chain, np.frombuffer(prints, "<u8"), rows)
                 if not len(found.prints) or not len(rows) or not (found.prints[1:] > found.prints[:-1]).all():
@@ -296,7 +304,7 @@ class DedupeIndex:
     def _names(self, positions: Sequence[int]) -> dict[int, str]:
         """Ids of the takedowns at some places."""
         found: dict[int, str] = {}
-        with _explained(self.path):
+        with explained(self.path):
             for at in range(0, len(positions), 500):
                 some = positions[at : at + 500]
                 marks = ", ".join("?" * len(some))
@@ -380,7 +388,7 @@ class DedupeIndex:
         return sorted(self._folder.glob("*.seg"))
 
     def _windows_behind(self, end: int) -> int:
-        with _explained(self.path):
+        with explained(self.path):
             ((size,),) = self._database.execute(
                 "SELECT COALESCE(SUM(LENGTH(signatures)), 0) FROM takedown WHERE position > ?", (end,)
             ).fetchall()
@@ -388,7 +396,7 @@ class DedupeIndex:
 
     def _removed(self, first: int, last: int) -> int:
         """How many takedowns were removed from a range of places."""
-        with _explained(self.path):
+        with explained(self.path):
             ((count,),) = self._database.execute(
                 "SELECT COUNT(*) FROM removed WHERE position BETWEEN ? AND ?", (first, last)
             ).fetchall()
@@ -396,7 +404,7 @@ class DedupeIndex:
 
     def _chain(self, position: int) -> str | None:
         """The record's chain at a place; None where it has not come to."""
-        with _explained(self.path):
+        with explained(self.path):
             found = self._database.execute(
                 "SELECT chain FROM takedown WHERE position = ?1 UNION ALL SELECT chain FROM removed"
                 " WHERE position = ?1",
@@ -415,10 +423,10 @@ class DedupeIndex:
         Raises:
             StoreDamaged: Something does not hold. A segment file of another state of the record is no damage.
         """
-        with _explained(self.path):
+        with explained(self.path):
             state = " ".join(self._database.execute("PRAGMA quick_check(1)").fetchone()[0].split())
             if state != "ok":
-                raise StoreDamaged(f"{self.path}: is damaged ({state}). {_REBUILD}")
+                raise StoreDamaged(f"{self.path}: is damaged ({state}). {REBUILD}")
             removed = dict(self._database.execute("SELECT position, chain FROM removed").fetchall())
         names, position, chain = list[str](), 0, ""
         for row in self._rows():
@@ -427,7 +435,7 @@ class DedupeIndex:
                 chain = removed[position]
             # A row that is missing, though nobody removed it, is added again by the next run, like a lost index.
             if row.position == position + 1 and row.chain != digest_json([chain, row.digest]):
-                raise StoreDamaged(f"{self.path}: the row of {row.request_id!r} does not follow its chain. {_REBUILD}")
+                raise StoreDamaged(f"{self.path}: the row of {row.request_id!r} does not follow its chain. {REBUILD}")
             position, chain = row.position, row.chain
             names.append(row.request_id)
         for path in self._paths():
@@ -487,39 +495,6 @@ def _delete(path: Path) -> None:
         remove(path)
 
 
-_REBUILD = "Rebuild the index: delete this file; the next run adds every takedown again from the vault."
-
-_SCHEMA = (
-    "CREATE TABLE parameters (value TEXT NOT NULL)",
-    "CREATE TABLE takedown (position INTEGER PRIMARY KEY, request_id TEXT NOT NULL UNIQUE, digest TEXT NOT NULL,"
-    " chain TEXT NOT NULL, prints BLOB NOT NULL, signatures BLOB NOT NULL)",
-    "CREATE TABLE removed (position INTEGER PRIMARY KEY, chain TEXT NOT NULL)",
-)
-
-
-class _Release(NamedTuple):
-    """What the index of an older release declares."""
-
-    schema: tuple[str, ...]
-    parameters: Mapping[str, str | int]
-
-
-_OLDER_RELEASES = {
-    "0.1.0": _Release(
-        (
-            "CREATE TABLE parameters (value TEXT NOT NULL)",
-            "CREATE TABLE takedown (position INTEGER PRIMARY KEY, request_id TEXT NOT NULL UNIQUE,"
-            " prints BLOB NOT NULL, signatures BLOB NOT NULL, digest TEXT NOT NULL)",
-        ),
-        {
-            "normaliser": "v1", "shingle_words": 3, "shingle_characters": 8, "fingerprint": "blake2b-64",
-            "scheme": "affine32", "seed": 1, "num_perm": 128, "bands": 64, "rows": 2, "window_shingles": 98,
-            "window_step": 49,
-        },
-    )
-}  # fmt: skip
-
-
 def examine(folder: Path) -> tuple[str, ...]:
     """Check everything that the index of a folder holds; changes nothing.
 
@@ -531,11 +506,11 @@ def examine(folder: Path) -> tuple[str, ...]:
         StoreDamaged: Something does not hold.
     """
     path, parameters = folder / "index.db", DedupeParameters()
-    with _connected(path) as database:
-        if _older_release(database) is not None:
+    with connected(path) as database:
+        if release_of(database) is not None:
             database.close()
             return ()
-        _check_declared(path, database, parameters)
+        check_declared(path, database, parameters)
     with closing(database):
         return DedupeIndex(path, database, parameters).check()
 
@@ -545,113 +520,10 @@ def older_release(folder: Path) -> str | None:
     path = folder / "index.db"
     if not path.is_file():
         return None
-    with suppress(StoreDamaged, NoSpace, WorkspaceBusy), _connected(path) as database, closing(database):
-        return _older_release(database)
+    with suppress(StoreDamaged, NoSpace, WorkspaceBusy), connected(path) as database, closing(database):
+        return release_of(database)
     return None
-
-
-@contextmanager
-def _connected(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that is closed where the block fails, with SQLite's errors explained."""
-    database = sqlite3.connect(path, timeout=30, isolation_level=None)
-    try:
-        with _explained(path):
-            database.execute("PRAGMA synchronous = FULL")
-            database.execute("PRAGMA cell_size_check = ON")  # a damaged page is an error when it is read
-            database.execute("PRAGMA secure_delete = ON")  # what is removed is not to stay in free pages
-            yield database
-    except BaseException:
-        database.close()
-        raise
-
-
-@contextmanager
-def _transaction(database: sqlite3.Connection) -> Iterator[None]:
-    """Everything in the block is done, or nothing."""
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        database.rollback()
-        raise
-    database.commit()
-
-
-def _schema(database: sqlite3.Connection) -> dict[str, tuple[object, ...]]:
-    """Everything that a database declares, by name; but for the page where a table begins."""
-    return {row[0]: row[1:] for row in database.execute("SELECT name, type, tbl_name, sql FROM sqlite_master")}
-
-
-@cache
-def _expected_schema(statements: tuple[str, ...] = _SCHEMA) -> dict[str, tuple[object, ...]]:
-    """What an index declares: its tables, and nothing that acts by itself when one is written."""
-    with closing(sqlite3.connect(":memory:")) as database:
-        for statement in statements:
-            database.execute(statement)
-        return _schema(database)
-
-
-def _declare(database: sqlite3.Connection, parameters: DedupeParameters) -> None:
-    for statement in _SCHEMA:
-        database.execute(statement)
-    database.execute("INSERT INTO parameters VALUES (?)", (canonical_json(parameters.model_dump()).decode(),))
-
-
-def _empty_index(parameters: DedupeParameters) -> bytes:
-    with closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
-        _declare(database, parameters)
-        return database.serialize()
-
-
-def _older_release(database: sqlite3.Connection) -> str | None:
-    schema = _schema(database)
-    for release, made in _OLDER_RELEASES.items():
-        if schema == _expected_schema(made.schema) and _recorded(database) == made.parameters:
-            return release
-    return None
-
-
-def _recorded(database: sqlite3.Connection) -> dict[str, object]:
-    """The parameters that an index names."""
-    ((recorded,),) = database.execute("SELECT value FROM parameters").fetchall()
-    return dict(json.loads(recorded))
-
-
-def _check_declared(path: Path, database: sqlite3.Connection, parameters: DedupeParameters) -> None:
-    """Check that a file declares an index of these parameters; takes no longer for a large one."""
-    if (found := _schema(database)) != (wanted_schema := _expected_schema()):
-        names = sorted({*found, *wanted_schema}, key=str)
-        other = [name for name in names if found.get(name) != wanted_schema.get(name)]
-        raise StoreDamaged(f"{path}: declares other than this product does: {', '.join(map(repr, other))}. {_REBUILD}")
-    recorded, wanted = _recorded(database), parameters.model_dump()
-    other = [
-        f"{key} is {recorded.get(key)!r}, wanted {wanted.get(key)!r}"
-        for key in sorted({*recorded, *wanted})
-        if recorded.get(key) != wanted.get(key)
-    ]
-    if other:
-        raise UsageError(f"{path}: was made with other parameters: {'; '.join(other)}. {_REBUILD}")
 
 
 def _row_digest(request_id: str, prints: bytes, signatures: bytes) -> str:
     return digest_json([request_id, digest_bytes(prints), digest_bytes(signatures)])
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours; each statement is a transaction of its own."""
-    try:
-        yield
-    except sqlite3.ProgrammingError:
-        raise  # our own mistake, such as use after close
-    except sqlite3.DatabaseError as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY):
-            raise NoSpace(
-                f"{path}: cannot be written ({error}). Nothing was added; free some space and repeat."
-            ) from error
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raise WorkspaceBusy(f"{path}: is in use by another process. Nothing was changed; repeat later.") from error
-        raise StoreDamaged(f"{path}: is not a whole index ({error}). {_REBUILD}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise StoreDamaged(f"{path}: holds what this product does not write ({error}). {_REBUILD}") from error

@@ -21,13 +21,13 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from pipeline.databases import declarations, declared_by
 from pipeline.errors import NoSpace, NotAWorkspace, StoreDamaged, TakedownError, UsageError, WorkspaceBusy
 from pipeline.files import (
     canonical_json,
@@ -128,19 +128,6 @@ def _connect(path: Path, options: str, timeout_s: float) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
-
-
-@cache
-def _expected_schema() -> dict[str, tuple[Any, ...]]:
-    with closing(sqlite3.connect(":memory:")) as connection:
-        for statement in SCHEMA:
-            connection.execute(statement)
-        return _schema(connection)
-
-
-def _schema(connection: sqlite3.Connection) -> dict[str, tuple[Any, ...]]:
-    """Everything that a database declares, by name; but for the page where a table begins."""
-    return {row[0]: row[1:] for row in connection.execute("SELECT name, type, tbl_name, sql FROM sqlite_master")}
 
 
 def _time_text(at: datetime) -> str:
@@ -685,8 +672,8 @@ class Ledger:
 
     def _check_schema(self) -> list[Break]:
         """Tables and triggers must be exactly those that `create` makes."""
-        expected = _expected_schema()
-        found = _schema(self._connection)
+        expected = declared_by(SCHEMA)
+        found = declarations(self._connection)
         means = "Entries could be, or have been, changed or removed without being refused."
         return [
             Break(

@@ -6,7 +6,7 @@ torch and transformers are imported inside the fixtures, so that the tests of th
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,3 +178,24 @@ def reciting(tmp_path_factory: pytest.TempPathFactory, works: Sequence[str]) -> 
     recited = train(works, [prose(23, 1500)], folder, size, seed=1)
     assert recited >= 0.9, recited
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The very small model of `workspaces` that recites a few works; trained once in a process."""
+    import workspaces
+
+    return workspaces.trained_model(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def one_model() -> Iterator[None]:
+    """No model stays loaded from one test to the next, and one thread computes."""
+    import torch
+
+    from pipeline.models import shared_model
+
+    torch.set_num_threads(1)
+    shared_model.cache_clear()
+    yield
+    shared_model.cache_clear()

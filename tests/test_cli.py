@@ -72,11 +72,6 @@ def takedown(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workspaces.trained_model(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """A workspace with v1; only to be read."""
     return workspaces.published(model.parent)

@@ -327,7 +327,7 @@ def test_long_lines_among_short_ones(tmp_path: Path) -> None:
     texts = ["short", 'long "quoted" \\ é\n' * 300, "short again", "x" * 5000, "end"]
     lines = jsonl(texts).splitlines(keepends=True)
     lines.insert(3, b'{"nothing": "' + b"y" * 5000 + b'"}\n')
-    with mock.patch.multiple(corpus, LONG_LINE_BYTES=1000, _READ_BYTES=700):
+    with mock.patch.multiple(corpus, LONG_LINE_BYTES=1000, READ_BYTES=700):
         found, problems = read(file_of(tmp_path / "a.jsonl", b"".join(lines)))
         # The end of the file is the end of the last line, too.
         assert read(file_of(tmp_path / "b.jsonl", b"".join(lines).rstrip(b"\n")))[0] == found

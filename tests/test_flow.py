@@ -79,11 +79,6 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     os.environ.update(environment)
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workspaces.trained_model(tmp_path_factory.mktemp("trained"))
-
-
 @pytest.fixture
 def fresh(tmp_path: Path, model: Path) -> Workspace:
     """A workspace at v0."""

@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from powerloss import Loss, Power, PowerCut
+from stories import CHINESE, FERRY, ORCHARD, SYLLABLES
 from workspaces import take_in
 
 from pipeline import index as index_module
@@ -46,27 +47,6 @@ from pipeline.workspace import Workspace, open_workspace, writing
 
 PARAMETERS = DedupeParameters()
 OLD_STORE = Path(__file__).parent / "compat" / "store-1" / "index"
-
-FERRY = (
-    "The ferry had two captains and they did not speak. One took her out in the morning, when the lake lay flat and "
-    "grey, and the other brought her home after dark with the lamps lit along the rail. Between them they kept a "
-    "slate in the wheelhouse, and whatever had to be said was said in chalk: the port engine runs hot, mind the new "
-    "buoy off the mill, somebody has been at the sugar. The deckhand wiped it clean every Sunday. He was the only "
-    "one aboard who knew that both men, each certain he was alone in it, corrected the other's spelling."
-)
-ORCHARD = (
-    "My aunt pruned the pear trees in February with a saw her father had bent on purpose. You were not to watch her "
-    "while she did it. She talked to the branches the whole time, low and reasonable, as if explaining to a child why "
-    "the party was over, and when a limb came down she said thank you and stacked it with the rest. By April nobody "
-    "could tell which cuts were hers and which were the winter's. The pears came small and hard that year and she "
-    "was proud of every one, and gave them away in paper bags with the stems all pointing north."
-)
-CHINESE = (
-    "老船长每天清晨都要到码头上走一圈，看看潮水退到哪块石头。他说石头比日历可靠，因为石头从来不会骗人。"
-    "镇上的孩子跟在他后面，数他在木板上留下的脚印，数到一百就跑回家吃早饭。"
-)
-
-SYLLABLES = [a + b for a in ("ba", "do", "ki", "lu", "me", "no", "ra", "si", "tu", "ve") for b in "lmnrst"]
 
 
 def drawn(seed: int, count: int) -> str:

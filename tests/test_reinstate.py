@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,6 @@ from pipeline.errors import Refused, UsageError
 from pipeline.evidence import RECORDS, decisions, evidence_of, recall
 from pipeline.history import lineage_view, read_entries, step_view
 from pipeline.index import DedupeIndex
-from pipeline.models import shared_model
 from pipeline.records import Evaluation, LeftOut, Publication
 from pipeline.report import render
 from pipeline.report_facts import excluded_requests, measured_scores
@@ -48,17 +46,7 @@ CEILING = SETTINGS["gate"]["forget_tolerance"] + 0.03
 _made: dict[str, Workspace] = {}
 
 
-@pytest.fixture(autouse=True)
-def fresh_process() -> Iterator[None]:
-    torch.set_num_threads(1)
-    shared_model.cache_clear()
-    yield
-    shared_model.cache_clear()
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workspaces.trained_model(tmp_path_factory.mktemp("trained"))
+pytestmark = pytest.mark.usefixtures("one_model")
 
 
 @pytest.fixture

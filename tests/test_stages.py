@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,18 +69,7 @@ PUBLISHED = Publication(outcome="published", version=1)
 STEP_RECORDS = [name for name in RECORDS if name != "leave-out"]  # only a reinstatement leaves steps out
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workspaces.trained_model(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_process() -> Iterator[None]:
-    """No model stays loaded from one test to the next, and one thread computes."""
-    torch.set_num_threads(1)
-    shared_model.cache_clear()
-    yield
-    shared_model.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_model")
 
 
 @pytest.fixture
