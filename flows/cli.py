@@ -27,7 +27,7 @@ from pipeline.display import plain
 from pipeline.errors import InvalidInput, TakedownError
 from pipeline.history import read_entries, step_view
 from pipeline.records import Comparison, Evaluation, Publication
-from pipeline.reinstate import check_reinstatement
+from pipeline.reinstate import check_reinstatement, unfinished
 from pipeline.requests import Kind, note
 from pipeline.states import current_version, request_states
 from pipeline.versions import VersionStore
@@ -427,7 +427,9 @@ def reinstate(
     workspace.settings()
     requests = sorted(set(requests))
     with writing(workspace):  # what speaks against it is told before Prefect takes its time to start
-        check_reinstatement(workspace, read_entries(workspace), requests, reason)
+        entries = read_entries(workspace)
+        if unfinished(workspace, entries, requests) is None:
+            check_reinstatement(workspace, entries, requests, reason)
     from flows.environment import prepare
 
     prepare(workspace.root)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from pipeline.dedupe import dedupe
 from pipeline.errors import UsageError
+from pipeline.evidence import decisions
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
 from pipeline.records import Event, LedgerEntry, VersionManifest
 from pipeline.references import boilerplate
-from pipeline.runs import Plan, begin
+from pipeline.runs import Plan, begin, open_run
 from pipeline.states import (
     RELEASED,
     ancestry,
@@ -56,12 +57,25 @@ def plan_reinstatement(workspace: Workspace, requests: Sequence[str], actor: str
     chosen = sorted(set(requests))
     with Ledger.open(workspace.ledger) as ledger:
         entries = ledger.entries()
+        if (begun := unfinished(workspace, entries, chosen)) is not None:
+            return begun
         left_out = check_reinstatement(workspace, entries, chosen, reason)
         if not left_out:
             data: dict[str, object] = {"reason": reason}
             ledger.append(*(Event(kind="reinstated", actor=actor, request_id=name, data=data) for name in chosen))
             return None
         return begin(workspace, ledger, actor, stays_out(entries, left_out, chosen), chosen, left_out)
+
+
+def unfinished(workspace: Workspace, entries: Sequence[LedgerEntry], requests: Sequence[str]) -> Plan | None:
+    """The plan of a reinstatement of just these requests that was put on record, but not cleaned up behind."""
+    decided = decisions(entries)
+    for folder in sorted(workspace.runs.glob("run-*")):
+        if folder.name in decided and (folder / "candidate").is_dir():
+            plan = open_run(workspace.root, folder.name).plan
+            if plan.reinstates == tuple(sorted(set(requests))):
+                return plan
+    return None
 
 
 def check_reinstatement(

@@ -612,6 +612,32 @@ def test_without_the_public_key_nothing_holds(path: Path) -> None:
     assert found.startswith("keys/log.pub: ")
 
 
+@pytest.mark.parametrize("moments", [("_beside",), ("_check_counter",), ("_beside", "_check_counter")])
+def test_a_check_beside_a_running_writer_sees_no_rewritten_history(
+    path: Path, monkeypatch: pytest.MonkeyPatch, moments: tuple[str, ...]
+) -> None:
+    """A writer commits, and renews the checkpoint file, behind the first look at that file, and behind the snapshot."""
+
+    def write_behind(name: str) -> None:
+        plain = getattr(Ledger, name)
+
+        def then_written(self: Ledger, *arguments: Any) -> Any:
+            found = plain(self, *arguments)
+            monkeypatch.setattr(Ledger, name, plain)  # once
+            with Ledger.open(path) as writer:
+                writer.append(Event(kind="note", actor="writer"))
+            return found
+
+        monkeypatch.setattr(Ledger, name, then_written)
+
+    for name in moments:
+        write_behind(name)
+    with Ledger.open(path, read_only=True) as reader:
+        assert reader.check() == []
+    with Ledger.open(path, read_only=True) as reader:
+        assert len(reader.entries()) == 4 + len(moments), "the writer did write"
+
+
 def test_a_crash_before_the_checkpoint_file_is_mended_by_the_next_writer(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from workspaces import (
     with_settings,
 )
 
+from pipeline import answers
 from pipeline.certificate import certify, write_certificate
 from pipeline.errors import Refused, UsageError
 from pipeline.evidence import RECORDS, decisions, evidence_of, recall
@@ -436,6 +437,28 @@ def test_the_report_shows_what_was_put_back(workspace: Workspace) -> None:
     page = render(view)
     for words in ("puts back A", "Put back", "leaving out what v1 changed", "reinstated: its text was put back"):
         assert words in page, words
+
+
+def test_a_crash_behind_the_ledger_is_finished_by_the_same_command(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released(workspace, "A")
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "clean", killed)
+        with pytest.raises(KeyboardInterrupt):
+            reinstatement(workspace, ["A"])
+    assert states(workspace)["A"] == "reinstated" and list(workspace.runs.rglob("*.safetensors"))
+    before = read_entries(workspace)
+    assert reinstatement(workspace, ["A"]) == Publication(outcome="published", version=3)
+    assert read_entries(workspace) == before
+    assert not list(workspace.runs.rglob("*.safetensors"))
+    with pytest.raises(UsageError, match="was put back in v3 already"):
+        reinstatement(workspace, ["A"])
+    assert verify(workspace) == []
 
 
 def test_a_request_that_stays_out_can_still_be_certified(workspace: Workspace, tmp_path: Path) -> None:
