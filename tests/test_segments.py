@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -222,41 +221,34 @@ def forged(path: Path, segment: Segment, header: dict[str, Any] | bytes) -> Path
     return path
 
 
-def _with(field: str, change: Callable[[Any], None]) -> Segment:
+def _with(field: str, at: Any, value: int) -> Segment:
     segment = segment_of(drawn(5))
     changed = getattr(segment, field).copy()
-    change(changed)
+    changed[at] = value
     return Segment(**{name: getattr(segment, name) for name in Segment.__dataclass_fields__} | {field: changed})
 
 
-def _set(at: Any, value: int) -> Callable[[Any], None]:
-    def change(array: Any) -> None:
-        array[at] = value
-
-    return change
-
-
 @pytest.mark.parametrize(
-    ("field", "change"),
+    ("field", "at", "value"),
     [
-        ("owners", _set((2, 3), 5)),
-        ("owners", _set((0, 0), 2**32 - 1)),
-        ("keys", _set((1, 0), 2**64 - 1)),
-        ("ends", _set(0, 0)),
-        ("ends", _set(1, -1)),
-        ("ends", _set(2, 2**62)),
-        ("ends", _set(-1, 2**40)),
-        ("prints", _set(1, 2**63)),
-        ("positions", _set(0, 0)),
-        ("positions", _set(2, 2)),
-        ("positions", _set(1, -(2**63))),
+        ("owners", (2, 3), 5),
+        ("owners", (0, 0), 2**32 - 1),
+        ("keys", (1, 0), 2**64 - 1),
+        ("ends", 0, 0),
+        ("ends", 1, -1),
+        ("ends", 2, 2**62),
+        ("ends", -1, 2**40),
+        ("prints", 1, 2**63),
+        ("positions", 0, 0),
+        ("positions", 2, 2),
+        ("positions", 1, -(2**63)),
     ],
     ids=str,
 )
 def test_arrays_that_contradict_each_other_are_refused_whatever_their_digest(
-    tmp_path: Path, field: str, change: Callable[[Any], None]
+    tmp_path: Path, field: str, at: Any, value: int
 ) -> None:
-    segment = _with(field, change)
+    segment = _with(field, at, value)
     path = write_segment(tmp_path, segment, describe(segment, SMALL, 1, 0, "sha256:"))
     with pytest.raises(StoreDamaged, match="does not write"):
         SegmentFile(path, SMALL).read()
