@@ -81,7 +81,7 @@ def _events(run: Run, store: VersionStore, actor: str, reason: str) -> list[Even
     if run.plan.reinstates:
         fresh = first_worked_on(run) if version is not None else []
         answers = _decisions(run, actor, deduped, screened, verdict, version)
-        events += [*_reinstated(run, actor, version, reason), *(e for e in answers if e.request_id in fresh)]
+        events += [*_reinstated(run, actor, verdict, version, reason), *(e for e in answers if e.request_id in fresh)]
         return [*events, *_measured(run, actor, version)]
     return [*events, *_decisions(run, actor, deduped, screened, verdict, version), *_measured(run, actor, version)]
 
@@ -128,13 +128,18 @@ def _measured(run: Run, actor: str, version: int | None) -> list[Event]:
     ]
 
 
-def _reinstated(run: Run, actor: str, version: int | None, reason: str) -> list[Event]:
-    """That texts were put back; what stays out was measured as on any later version, and its state is the same."""
-    if version is None:
-        return []
+def _reinstated(run: Run, actor: str, verdict: Verdict | None, version: int | None, reason: str) -> list[Event]:
+    """That texts were put back, or that this was asked for and refused: who asked, and why.
+
+    What stays out was measured as on any later version, and its state is the same.
+    """
+    kind, shown = "reinstated", version
     data: dict[str, object] = {"reason": reason, "left_out": list(run.plan.left_out)}
+    if version is None:
+        kind, shown = "not-reinstated", run.plan.parent
+        data["reasons"] = list(verdict.reasons) if verdict else []
     return [
-        Event(kind="reinstated", actor=actor, request_id=name, run_id=run.run_id, version=version, data=data)
+        Event(kind=kind, actor=actor, request_id=name, run_id=run.run_id, version=shown, data=data)
         for name in run.plan.reinstates
     ]
 

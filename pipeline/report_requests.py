@@ -26,7 +26,7 @@ Scores = tuple[TextScore, TextScore, float | None]
 
 CHRONICLE = (
     "rolled-back", "purging", "purged", "repacked", "hold", "released", "countered", "withdrawn", "reinstated",
-    "regressed",
+    "not-reinstated", "regressed",
 )  # fmt: skip
 """Events that are told apart from the requests' own."""
 

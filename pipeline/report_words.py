@@ -42,6 +42,7 @@ EVENTS = {
     "countered": "counter-notice received",
     "withdrawn": "withdrawn",
     "reinstated": "text put back",
+    "not-reinstated": "not put back: refused by the gate",
     "reopened": "waiting again: answered on a version not in force",
     "hold": "put on legal hold",
     "released": "released from legal hold",
@@ -93,6 +94,7 @@ def event_note(event: Event) -> str:
         _phrase("leaving out what {} changed", listed(left_out) if left_out else None),
         _phrase("cause: {}", _word(data, "cause")),
         _phrase("reason: {}", _word(data, "reason")),
+        *(str(reason) for reason in _items(data, "reasons")),
     )
 
 

@@ -28,7 +28,7 @@ TAKEN_OUT = ("applied", "verified", "folded", "repeat", "countered")
 RELEASED = ("countered", "withdrawn")
 """States from which a text can be put back."""
 
-NEXT: Mapping[str, tuple[str, ...]] = {
+NEXT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(DECISIONS, TO_DO),
     # From a repeat, or from not memorised: a reinstatement brought the text back, and its run took it out again.
     **dict.fromkeys(("applied", "folded"), (*TO_DO, "repeat", "not-memorised")),
@@ -52,6 +52,8 @@ OUT, IN = ("applied", "folded", "repeat"), ("reinstated", "regressed")
 
 HOLDS = {"hold": True, "released": False}
 """Events that put a request on legal hold and end that; its state stays."""
+ATTEMPTS: dict[str, tuple[str, ...]] = {"not-reinstated": RELEASED}
+"""Event that tells of an attempt without success → states that it may follow; its state stays."""
 
 PUBLISHING = ("initialised", "published")
 """Events that acknowledge a version."""
@@ -140,14 +142,16 @@ def _received(entry: LedgerEntry) -> RequestState | str:
 def _moved(known: RequestState | None, entry: LedgerEntry) -> RequestState | str:
     """The state after an event, or why it cannot be."""
     event = entry.event
-    if event.kind not in NEXT and event.kind not in HOLDS:
+    if event.kind not in (*NEXT, *HOLDS, *ATTEMPTS):
         return f"{event.kind!r} is no event of a request"
     if known is None:
         return f"request {event.request_id!r} is {event.kind}, but no earlier entry received it"
     if event.kind in HOLDS:
         return known.model_copy(update={"on_hold": HOLDS[event.kind]})
-    if known.state not in NEXT[event.kind]:
+    if known.state not in (NEXT | ATTEMPTS)[event.kind]:
         return f"request {event.request_id!r} is {event.kind}, but was {known.state} before"
+    if event.kind in ATTEMPTS:
+        return known
     changes: dict[str, object] = {"state": event.kind, "decided_at": entry.at}
     if event.kind in DECISIONS:
         changes |= {"decision": event.kind, "version": event.version, "run_id": event.run_id}

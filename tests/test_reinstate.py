@@ -227,6 +227,14 @@ def test_the_gate_refuses_what_did_not_come_back(workspace: Workspace) -> None:
     assert states(workspace)["A"] == "countered"
     assert current_version(read_entries(workspace)) == 2
     assert verify(workspace) == []
+    last = read_entries(workspace)[-1].event
+    assert (last.kind, last.request_id, last.actor, last.run_id) == ("not-reinstated", "A", "tester", run_id)
+    assert last.data == {"reason": "licence shown", "left_out": [1], "reasons": list(verdict.reasons)}
+    page = render(lineage_view(workspace, ()))
+    assert "not put back: refused by the gate" in page and "reason: licence shown" in page
+    entries = read_entries(workspace)
+    assert reinstatement(workspace, ["A"]) == Publication(outcome="refused")
+    assert read_entries(workspace) == entries, "the same attempt is the same run, which was answered"
     workspace.settings_file.write_text(toml(SETTINGS))
     assert reinstatement(workspace, ["A"]) == Publication(outcome="published", version=3)
 

@@ -122,6 +122,14 @@ def test_a_hold_keeps_any_state_and_stops_the_work_on_it(state: str) -> None:
     assert held == free.model_copy(update={"on_hold": True}), "nothing else moves"
 
 
+@pytest.mark.parametrize("state", LEGAL)
+def test_a_refused_reinstatement_changes_no_state_and_needs_one_to_reinstate_from(state: str) -> None:
+    entries = _entries(_received(), *(_of(kind) for kind in (*PATHS[state], "not-reinstated")))
+    states, faults = follow(entries)
+    assert states == request_states(entries[:-1])
+    assert (faults == []) == (state in ("countered", "withdrawn"))
+
+
 def test_a_hold_outlasts_what_happens_to_the_request() -> None:
     assert _state("hold", "applied", "verified", "regressed").on_hold
     assert not _state("hold", "applied", "verified", "regressed").to_do
