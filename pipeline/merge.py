@@ -115,16 +115,17 @@ def merge(
 
     Raises:
         StoreDamaged: Mask, vector and files do not fit; every difference is named and nothing is written.
+        NoSpace: The disk is full or read-only.
     """
     headers = {path: read_header(path) for path in sorted(parent.glob("*.safetensors"))}
     where = {t.name: (path, t) for path, header in headers.items() for t in header.tensors}
     problems = mismatches({n: t for n, (_, t) in where.items()}, mask, vector, names)
     if problems:
         raise StoreDamaged("The update does not fit the parent:\n" + "\n".join(map(str, problems)))
-    shutil.rmtree(candidate, ignore_errors=True)
-    candidate.mkdir(parents=True)
     changed: dict[str, int] = {}
     with explained_space(candidate):
+        shutil.rmtree(candidate, ignore_errors=True)
+        candidate.mkdir(parents=True)
         for path in sorted(p for p in parent.iterdir() if p.is_file()):
             copy = candidate / path.name
             shutil.copyfile(path, copy)  # copyfile: the parent's read-only mode is not taken over

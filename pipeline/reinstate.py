@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.dedupe import dedupe
 from pipeline.errors import UsageError
 from pipeline.evidence import decisions
+from pipeline.files import explained_space
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
 from pipeline.records import Event, LedgerEntry, VersionManifest
@@ -53,6 +54,7 @@ def plan_reinstatement(workspace: Workspace, requests: Sequence[str], actor: str
 
     Raises:
         UsageError: See `check_reinstatement`.
+        NoSpace: The disk is full or read-only.
     """
     chosen = sorted(set(requests))
     with Ledger.open(workspace.ledger) as ledger:
@@ -175,16 +177,17 @@ def _shared_steps(shared: Iterable[str], entries: Sequence[LedgerEntry], request
 def _kept_out(workspace: Workspace, chosen: Sequence[str], out: Iterable[str]) -> list[str]:
     """Requests whose text is, by the rule for repeats, also that of others which stand."""
     vault = Vault(workspace.vault)
-    workspace.runs.mkdir(exist_ok=True)
-    with (
-        # Where what a killed process leaves is removed by the next run.
-        tempfile.TemporaryDirectory(prefix=".check-", dir=workspace.runs) as folder,
-        DedupeIndex.open(Path(folder)) as index,
-    ):
-        index.add_many((name, vault.get(name).text) for name in out)
-        decisions = dedupe(
-            [vault.get(name) for name in chosen], index, workspace.settings().dedupe, boilerplate(workspace)
-        )
+    with explained_space(workspace.runs):
+        workspace.runs.mkdir(exist_ok=True)
+        with (
+            # Where what a killed process leaves is removed by the next run.
+            tempfile.TemporaryDirectory(prefix=".check-", dir=workspace.runs) as folder,
+            DedupeIndex.open(Path(folder)) as index,
+        ):
+            index.add_many((name, vault.get(name).text) for name in out)
+            decisions = dedupe(
+                [vault.get(name) for name in chosen], index, workspace.settings().dedupe, boilerplate(workspace)
+            )
     others = {d.request_id: [e.request_id for e in d.evidence if e.request_id not in chosen] for d in decisions}
     return [
         f"{d.request_id}: its text is out for {', '.join(others[d.request_id])}, too. Reinstate those with it."

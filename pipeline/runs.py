@@ -156,7 +156,11 @@ def begin(
     reinstates: Sequence[str] = (),
     left_out: Sequence[int] = (),
 ) -> Plan:
-    """Make the folder of a run and put its plan on record; the same work that was begun before goes on."""
+    """Make the folder of a run and put its plan on record; the same work that was begun before goes on.
+
+    Raises:
+        NoSpace: The disk is full or read-only.
+    """
     entries = ledger.entries()
     states = request_states(entries)
     parent, since = in_force(entries)
@@ -173,12 +177,13 @@ def begin(
         code=pipeline.__version__,
     )
     folder = workspace.runs / plan.run_id
-    workspace.runs.mkdir(exist_ok=True)  # an empty folder does not survive every copy of a workspace
-    for other in workspace.runs.iterdir():
-        if other != folder:  # decided, its records are evidence in the store; or abandoned for other settings
-            shutil.rmtree(other)
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "plan.json", plan.model_dump(mode="json"))
+    with explained_space(folder):
+        workspace.runs.mkdir(exist_ok=True)  # an empty folder does not survive every copy of a workspace
+        for other in workspace.runs.iterdir():
+            if other != folder:  # decided, its records are evidence in the store; or abandoned for other settings
+                shutil.rmtree(other)
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "plan.json", plan.model_dump(mode="json"))
     if not any(e.event.kind == "planned" and e.event.run_id == plan.run_id for e in entries):
         ledger.append(_planned(plan, actor))
     return plan

@@ -154,6 +154,7 @@ def leave_out(store: VersionStore, parent: int, left_out: Sequence[int], source:
     Raises:
         StoreDamaged: A version does not hold, or has other tensors than the parent.
         NumericalFailure: A sum is not finite.
+        NoSpace: The disk is full or read-only.
     """
     terms = recipe(store.manifest, parent, left_out)
     manifests = {version: store.manifest(version) for version in {parent, *terms}}
@@ -167,28 +168,27 @@ def leave_out(store: VersionStore, parent: int, left_out: Sequence[int], source:
         return _hashed(places[version][name][0], name, tables[version][name].sha256)
 
     moved = {name for name in tables[parent] if len({table[name].sha256 for table in tables.values()}) > 1}
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
     count, changed, exact = Counter("leave out", len(moved)), 0, 0
     with explained_space(target):
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
         for path in sorted(p for p in source.iterdir() if p.is_file()):
             copy = target / path.name
             shutil.copyfile(path, copy)  # copyfile: the parent's read-only mode is not taken over
-            if path.suffix != ".safetensors":
-                continue
-            header = read_header(path)
             with copy.open("r+b") as stream:
-                for info in (t for t in header.tensors if t.name in moved):
-                    stream.seek(header.data_start + info.start)
-                    readers = {version: read(version, info.name) for version in manifests}
-                    for old, bits, same in _combined(terms, parent, readers, info.dtype):
-                        differs = bits != old
-                        changed += int(np.count_nonzero(differs))
-                        exact += int(np.count_nonzero(differs & same))
-                        stream.write(bits.tobytes())
-                    count.add(note=info.name[-40:])
-                stream.flush()
-                os.fsync(stream.fileno())
+                if path.suffix == ".safetensors":
+                    header = read_header(path)
+                    for info in (t for t in header.tensors if t.name in moved):
+                        stream.seek(header.data_start + info.start)
+                        readers = {version: read(version, info.name) for version in manifests}
+                        for old, bits, same in _combined(terms, parent, readers, info.dtype):
+                            differs = bits != old
+                            changed += int(np.count_nonzero(differs))
+                            exact += int(np.count_nonzero(differs & same))
+                            stream.write(bits.tobytes())
+                        count.add(note=info.name[-40:])
+                    stream.flush()
+                os.fsync(stream.fileno())  # of every file: the root that a resumed run compares is that of the tensors
         fsync_folder(target)
     return LeftOut(versions=tuple(left_out), root=model_root(target), changed=changed, exact=exact)
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from workspaces import draw_text, take_in
 
-from pipeline.files import write_json
+from pipeline.files import explained_space, write_json
 from pipeline.ledger import Ledger
 from pipeline.records import (
     Calibration,
@@ -38,7 +38,7 @@ from pipeline.records import (
     VectorReport,
     Verdict,
 )
-from pipeline.runs import open_run, plan_run
+from pipeline.runs import Run, open_run, plan_run
 from pipeline.safefile import model_root
 from pipeline.states import current_version, excluded
 from pipeline.versions import VersionStore
@@ -137,63 +137,127 @@ def prepare_step(
         plan = plan_run(workspace, list(requests), "tester")
         assert plan is not None
         run = open_run(workspace.root, plan.run_id)
-        store = VersionStore(workspace.versions)
         parent = run.folder / f"v{plan.parent}"  # as `pipeline.context.model_folder` leaves it
         if not parent.exists():
-            store.restore(plan.parent, parent)
+            VersionStore(workspace.versions).restore(plan.parent, parent)
         parent.with_suffix(".restored").touch()
-        changed = changed_copy(parent, run.folder / "candidate", share, seed=plan.parent + 1)
-        total = sum(w.size for p in (run.folder / "candidate").glob("*.safetensors") for w in _arrays(p))
         earlier = [n for n in excluded(entries_of(workspace), plan.parent) if n not in requests]
         after = LEVEL.mean + (0.01 if accepted else 0.5)
-        step = Step(
-            vector=VectorReport(vector=NOWHERE, norm=1.0, losses=(2.0, 1.0), tokens=1000),
-            calibration=Calibration(
-                vector=NOWHERE, alpha=0.5, target=0.18, reached=accepted, bounded_by_utility=False, curve=()
+        _leave_records(
+            run,
+            parent,
+            share,
+            requests,
+            (
+                *(_compare(n, "this", 1.0, after) for n in requests),
+                *(_compare(n, "earlier", 0.15, 0.15) for n in earlier),
             ),
+            () if accepted else (f"{requests[0]} (this): too high.",),
         )
-        spans = {n: (PassageSpan(request_id=n, prompt_start=0, start=16, end=32),) for n in requests}
-        records: dict[str, Record] = {
-            "dedupe": DedupeReport(
-                decisions=tuple(DedupeDecision(request_id=n, verdict="fresh", covered=0.0) for n in requests),
-                retain_excluded=(),
-            ),
-            "screen": ScreenReport(
-                level=LEVEL,
-                memorised_above=0.31,
-                requests=tuple(
-                    ScreenedRequest(
-                        request_id=n, passages=1, memorised=spans[n], exact_memorisation=1.0, longest_extraction=0.9
-                    )
-                    for n in requests
-                ),
-            ),
-            "saliency": MaskReport(
-                mask=NOWHERE, mean=0.1, std=0.1, k=1.0, threshold=0.2, selected=changed, total=total, per_tensor={}
-            ),
-            "unlearn": step,
-            "repair": step,
-            "merge": MergeReport(
-                files=(),
-                root=model_root(run.folder / "candidate"),
-                selected=changed,
-                changed=changed,
-                changed_tensors=(),
-            ),
-            "evaluate": Evaluation(
-                level=LEVEL,
-                comparisons=(
-                    *(_compare(n, "this", 1.0, after) for n in requests),
-                    *(_compare(n, "earlier", 0.15, 0.15) for n in earlier),
-                    _compare("kept/a.txt", "kept", 0.98, 0.97),
-                    _compare("heldout/b.txt", "held-out", 0.16, 0.16),
-                ),
-            ),
-            "gate": Verdict(accepted=accepted, reasons=() if accepted else (f"{requests[0]} (this): too high.",)),
-        }
-        for name, record in records.items():
-            write_json(run.folder / f"{name}.json", {"key": "made", "record": record.model_dump(mode="json")})
     return plan.run_id
+
+
+def _leave_records(
+    run: Run, start: Path, share: float, worked_on: Sequence[str], measured: Sequence[Comparison], broken: Sequence[str]
+) -> None:
+    """Leave the candidate of a run, and what its stages from ``dedupe`` to ``gate`` record.
+
+    Args:
+        run: The run.
+        start: What its candidate is made from.
+        share: Share of the entries that change.
+        worked_on: Requests of which the start recites something.
+        measured: Requests, before and after.
+        broken: Limits that the gate finds broken; none where it accepts.
+    """
+    candidate = run.folder / "candidate"
+    with explained_space(candidate):  # as merging does
+        shutil.rmtree(candidate, ignore_errors=True)  # what a run that was stopped left there
+        changed = changed_copy(start, candidate, share, seed=run.plan.parent + 1)
+    total = sum(w.size for p in candidate.glob("*.safetensors") for w in _arrays(p))
+    step = Step(
+        vector=VectorReport(vector=NOWHERE, norm=1.0, losses=(2.0, 1.0), tokens=1000),
+        calibration=Calibration(
+            vector=NOWHERE, alpha=0.5, target=0.18, reached=not broken, bounded_by_utility=False, curve=()
+        ),
+    )
+    records: dict[str, Record] = {
+        "dedupe": DedupeReport(
+            decisions=tuple(DedupeDecision(request_id=n, verdict="fresh", covered=0.0) for n in run.plan.requests),
+            retain_excluded=(),
+        ),
+        "screen": ScreenReport(
+            level=LEVEL,
+            memorised_above=0.31,
+            requests=tuple(
+                ScreenedRequest(
+                    request_id=n,
+                    passages=1,
+                    memorised=(PassageSpan(request_id=n, prompt_start=0, start=16, end=32),) if n in worked_on else (),
+                    exact_memorisation=1.0 if n in worked_on else 0.15,
+                    longest_extraction=0.9 if n in worked_on else 0.0,
+                )
+                for n in run.plan.requests
+            ),
+        ),
+        "saliency": MaskReport(
+            mask=NOWHERE, mean=0.1, std=0.1, k=1.0, threshold=0.2, selected=changed, total=total, per_tensor={}
+        ),
+        "unlearn": step,
+        "repair": step,
+        "merge": MergeReport(
+            files=(), root=model_root(candidate), selected=changed, changed=changed, changed_tensors=()
+        ),
+        "evaluate": Evaluation(
+            level=LEVEL,
+            comparisons=(
+                *measured,
+                _compare("kept/a.txt", "kept", 0.98, 0.97),
+                _compare("heldout/b.txt", "held-out", 0.16, 0.16),
+            ),
+        ),
+        "gate": Verdict(accepted=not broken, reasons=tuple(broken)),
+    }
+    for name, record in records.items():
+        write_json(run.folder / f"{name}.json", {"key": "made", "record": record.model_dump(mode="json")})
+
+
+def reinstate(workspace: Workspace, *requests: str, again: Sequence[str] = (), accepted: bool = True) -> int:
+    """Put texts back in a version of their own, as production does; stopped anywhere, the same call continues.
+
+    Args:
+        workspace: Where; the caller holds no lock.
+        requests: Countered or withdrawn requests whose text a version in force excludes.
+        again: Requests that come back with them, and are worked on once more.
+        accepted: What the gate is to say.
+
+    Returns:
+        The current version.
+    """
+    from pipeline.answers import publish as answer
+    from pipeline.evidence import decisions
+    from pipeline.reinstate import plan_reinstatement
+    from pipeline.stages import leave_out_stage
+
+    with writing(workspace):
+        plan = plan_reinstatement(workspace, requests, "tester", "licence shown")
+        assert plan is not None and plan.left_out
+        run = open_run(workspace.root, plan.run_id)
+        leave_out_stage(str(workspace.root), plan.run_id)
+        if plan.run_id not in decisions(entries_of(workspace)):
+            _leave_records(
+                run,
+                run.folder / "start",
+                0.05,
+                again,
+                (
+                    *(_compare(n, "reinstated", 0.15, 0.9 if accepted else 0.2) for n in plan.reinstates),
+                    *(_compare(n, "earlier", 0.15, 0.16) for n in plan.requests),
+                ),
+                () if accepted else (f"{requests[0]} (reinstated): did not come back.",),
+            )
+        answer(str(workspace.root), plan.run_id, "tester", "licence shown")
+    return current_version(entries_of(workspace))
 
 
 def publish(workspace: Workspace, run_id: str) -> None:
