@@ -40,7 +40,7 @@ from pipeline.states import (
 )
 from pipeline.storecheck import Depth
 from pipeline.undo import left_out_of
-from pipeline.verify import index_notes, key_notes
+from pipeline.verify import index_notes, key_notes, seal_notes
 from pipeline.verify import verify as find_breaks
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
@@ -399,7 +399,7 @@ def verify(
     workspace = opened(context)
     with bars(err, "verify"):
         breaks = find_breaks(workspace, depth, checkpoint or ())
-    for note in (*key_notes(workspace), *index_notes(workspace)):
+    for note in (*key_notes(workspace), *seal_notes(workspace), *index_notes(workspace)):
         err.print(Text(f"Note: {plain(note, 2000)}"), soft_wrap=True)
     if as_json:
         show_json(breaks)

@@ -51,10 +51,15 @@ def digest_json(value: Any) -> str:
 
 def digest_file(path: Path) -> str:
     """SHA-256 of a file's bytes as ``sha256:<hex>``, read in pieces of 1 MiB."""
-    hasher = hashlib.sha256()
     with path.open("rb") as stream:
-        while piece := stream.read(CHUNK_BYTES):
-            hasher.update(piece)
+        return digest_stream(stream)
+
+
+def digest_stream(stream: BinaryIO) -> str:
+    """SHA-256 of what is left to read of a stream as ``sha256:<hex>``, read in pieces of 1 MiB."""
+    hasher = hashlib.sha256()
+    while piece := stream.read(CHUNK_BYTES):
+        hasher.update(piece)
     return f"sha256:{hasher.hexdigest()}"
 
 

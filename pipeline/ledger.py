@@ -192,6 +192,20 @@ class _Checked(NamedTuple):
         return _Checked(self.rows + rows, (*self.entries, *entries), (*self.hashes, *hashes), frontier)
 
 
+class Image(NamedTuple):
+    """A database, every byte of it.
+
+    Attributes:
+        entries: How many it holds.
+        pages: Its pages: the bytes of its file, once what a writer left beside it is folded in.
+        behind: How many bytes of the file follow behind the last page; none in a sound one.
+    """
+
+    entries: int
+    pages: bytes
+    behind: int
+
+
 _NOTHING = _Checked([], (), (), Frontier())
 
 _newest = _NOTHING
@@ -445,6 +459,19 @@ class Ledger:
         """The bytes of every leaf of the log, in order, as they are found; `examine` says whether they hold."""
         with _explained(self.path):
             return [_leaf_of(_Row(*row)) for row in self._rows()]
+
+    def image(self) -> Image:
+        """The whole database as one reader sees it, whatever another process writes meanwhile.
+
+        Raises:
+            StoreDamaged: It cannot be read.
+        """
+        with _explained(self.path), self._snapshot():
+            ((entries,),) = self._connection.execute("SELECT count(*) FROM entries").fetchall()
+            pages, log = self._connection.serialize(), self.path.with_name(self.path.name + "-wal")
+            # Pages that a writer has not folded into the file yet may make it longer.
+            folded = not (log.exists() and log.stat().st_size)
+            return Image(int(entries), pages, max(0, self.path.stat().st_size - len(pages)) if folded else 0)
 
     def _sign(self, frontier: Frontier) -> str:
         origin = parse_vkey(log_vkey(self.keys)).name

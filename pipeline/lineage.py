@@ -29,6 +29,7 @@ from pipeline.models import (
 )
 from pipeline.oms import model_signature
 from pipeline.records import Event
+from pipeline.seals import MARK, renew
 from pipeline.settings import Settings
 from pipeline.vault import Vault
 from pipeline.versions import Sign, VersionStore
@@ -124,8 +125,9 @@ def _fill(workspace: Workspace, source: Path, texts: Mapping[str, Mapping[str, s
         shutil.rmtree(model)
         keys = {"log": log_vkey(workspace.keys), "model": model_public_key(workspace.keys).decode()}
         with Ledger.create(workspace.ledger) as ledger:
-            data = published.facts() | {"lineage": lineage, "keys": keys}
+            data = published.facts() | {"lineage": lineage, "keys": keys} | MARK
             ledger.append(Event(kind="initialised", actor=actor, version=0, data=data), at=now)
+        renew(workspace.root)
         write_atomic(workspace.settings_file, SETTINGS_HEAD.encode())
         write_json(workspace.marker, {"format": FORMAT})
 

@@ -451,7 +451,8 @@ class Event(Record):
     ``not-reinstated`` where the gate refused that, ``reopened``, ``hold``, ``released`` (`pipeline.states` says what
     may follow what). Of a run: ``planned``, before anything is computed, with the limits; then ``accepted`` or
     ``refused`` by the gate, or ``answered`` where nothing had to be trained. Of a version: ``initialised``,
-    ``published``, ``rolled-back``. Of the store: ``purging``, ``purged``, ``repacked``.
+    ``published``, ``rolled-back``. Of the store: ``purging``, ``purged``, ``repacked``,
+    ``sealed``.
     """
 
     kind: str

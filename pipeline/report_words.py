@@ -50,6 +50,7 @@ EVENTS = {
     "purging": "purge begun",
     "purged": "purged",
     "repacked": "repacked",
+    "sealed": "databases sealed from here on",
 }
 """Events in words; an event that is not here is shown as it is."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.errors import NotAWorkspace, StoreDamaged, TakedownError, UsageError
 from pipeline.evidence import DECIDED, decisions, evidence_of
-from pipeline.files import digest_bytes, read_whole, unreadable
+from pipeline.files import canonical_json, digest_bytes, read_whole, unreadable
 from pipeline.keys import load_log_key, load_model_key, log_vkey, model_public_key
 from pipeline.ledger import Ledger
 from pipeline.merkle import consistency_proof, leaf_hash, root_of_hashes, verify_consistency
@@ -24,6 +24,7 @@ from pipeline.notes import Checkpoint, read_checkpoint
 from pipeline.objects import StoredDelta
 from pipeline.oms import check_model_signature
 from pipeline.records import Break, LedgerEntry, VersionManifest
+from pipeline.seals import check_seal, read_note
 from pipeline.states import (
     OUT,
     PUBLISHING,
@@ -37,7 +38,7 @@ from pipeline.states import (
 from pipeline.storecheck import Depth, StoreCheck, manifest_break
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
-from pipeline.workspace import Workspace, open_workspace
+from pipeline.workspace import FORMAT, Workspace, open_workspace
 
 Entries = tuple[LedgerEntry, ...]
 
@@ -65,6 +66,7 @@ def verify(workspace: Workspace, depth: Depth = Depth.FULL, checkpoints: Sequenc
         UsageError: A file of ``checkpoints`` cannot be read.
     """
     store = VersionStore(workspace.versions)
+    sealed = _seal(workspace)  # first: see `check_seal`
     # Listed in the opposite order of writing, so that what a running publish adds meanwhile is not a false break.
     files = store.objects.files()
     numbers = store.numbers()
@@ -72,6 +74,7 @@ def verify(workspace: Workspace, depth: Depth = Depth.FULL, checkpoints: Sequenc
     if breaks and not entries:  # everything else would contradict a ledger that says nothing
         return [*breaks, UNCHECKED, *_check_marker(workspace)]
     breaks = _check_marker(workspace) + breaks + _check_keys(workspace, entries)
+    breaks += check_seal(workspace.root, sealed, entries, with_index=depth is not Depth.QUICK).breaks
     purged = purged_versions(entries)
     manifests, found = _check_manifests(store, numbers, entries)
     breaks += found + _check_lineage(manifests) + _check_requests(manifests, entries)
@@ -114,6 +117,10 @@ def _check_marker(workspace: Workspace) -> list[Break]:
     except (NotAWorkspace, StoreDamaged, AttributeError, OSError) as error:  # AttributeError: JSON, but no object
         means = "The commands refuse this workspace."
         return [Break(where=workspace.marker.name, found=str(error), means=means)]
+    if workspace.marker.read_bytes() != canonical_json({"format": FORMAT}) + b"\n":
+        found = "says what it should, but not byte for byte as it is written"
+        means = "It is read all the same; the disk is failing, or somebody edited the file."
+        return [Break(where=workspace.marker.name, found=found, means=means)]
     return []
 
 
@@ -169,6 +176,18 @@ def _check_keys(workspace: Workspace, entries: Entries) -> list[Break]:
         except (TakedownError, OSError) as error:
             breaks.append(Break(where=where, found=str(error), means="Signatures cannot be checked without it."))
     return breaks
+
+
+def _seal(workspace: Workspace) -> bytes | OSError:
+    try:
+        return read_note(workspace.root)
+    except OSError as error:
+        return error
+
+
+def seal_notes(workspace: Workspace) -> tuple[str, ...]:
+    """Why the databases were not compared with their seal, where that is no break."""
+    return tuple(check_seal(workspace.root, _seal(workspace), (), with_index=True).notes)
 
 
 def key_notes(workspace: Workspace) -> tuple[str, ...]:

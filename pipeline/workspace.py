@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pipeline.errors import NotAWorkspace, WorkspaceBusy
 from pipeline.files import read_json
+from pipeline.seals import renew
 from pipeline.settings import Settings, read_settings
 
 FORMAT = 2
@@ -115,8 +116,11 @@ def open_workspace(root: Path) -> Workspace:
 def writing(workspace: Workspace) -> Iterator[None]:
     """Hold the workspace's one write lock. The kernel frees it when the process dies, however it dies.
 
+    What was written is sealed at the end, unless it ends in an exception.
+
     Raises:
         WorkspaceBusy: Another process holds it; says which and since when.
+        TakedownError: See `pipeline.seals.renew`.
     """
     fd = os.open(workspace.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -133,5 +137,6 @@ def writing(workspace: Workspace) -> Iterator[None]:
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat()}
         os.pwrite(fd, json.dumps(who).encode(), 0)
         yield
+        renew(workspace.root)
     finally:
         os.close(fd)

@@ -55,6 +55,7 @@ from tampered.scene import (
     settle,
     sql,
     tree,
+    unused_byte,
 )
 
 FORGED = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -643,6 +644,13 @@ def _cut_everywhere(scene: Scene) -> None:
     scene.record("TD-5").unlink()
 
 
+def _older_copy(scene: Scene) -> None:
+    """As a backup of the moment before TD-5 arrived would bring it back."""
+    for name in ("ledger.db", "checkpoint", "seal"):
+        overwrite(scene.workspace.root / name, scene.backup(name).read_bytes())
+    scene.record("TD-5").unlink()
+
+
 def _foreign_ledger(scene: Scene) -> None:
     for name in ("ledger.db", "checkpoint"):
         overwrite(scene.workspace.root / name, (scene.other / name).read_bytes())
@@ -726,7 +734,39 @@ LOG = (
         "The last entry was deleted, with its checkpoint, SQLite's count and the vault's record, and the checkpoint "
         "file was exchanged for an older genuine one.",
         _cut_everywhere,
+        (_no(VERIFY, "seals 29 entries, the ledger has 28"), _no(QUICK, "seals 29 entries"),
+         _no(NEWEST, "The ledger was cut back, or is an older copy.")),
+    ),
+    Case(
+        "log-older-copy", "Ledger, checkpoint and seal are those of an older backup, and the later record is gone.",
+        _older_copy,
         (SOUND[VERIFY], SOUND[FIRST], _no(NEWEST, "The ledger was cut back, or is an older copy.")),
+    ),
+    Case(
+        "ledger-unused-byte", "One bit of ledger.db was flipped in room that no entry uses.",
+        lambda s: flip(s.workspace.ledger, unused_byte(s.workspace.ledger)),
+        (_no(VERIFY, "its bytes are not those that were sealed"), _no(QUICK, "only bytes that mean nothing changed"),
+         SOUND["status"], SOUND[SUBMIT]),
+    ),
+    Case(
+        "ledger-longer", "A page of zeros was written behind the end of ledger.db.",
+        lambda s: overwrite(s.workspace.ledger, s.workspace.ledger.read_bytes() + bytes(4096)),
+        (_no(VERIFY, "4096 bytes follow behind its last page"), SOUND["status"]),
+    ),
+    Case(
+        "seal-removed", "The seal over the databases was deleted; the next writing command makes it again.",
+        lambda s: (s.workspace.root / "seal").unlink(),
+        (_no(VERIFY, "the next writing command seals them"), _no(QUICK, "is missing"), SOUND[SUBMIT], SOUND[VERIFY]),
+    ),
+    Case(
+        "seal-byte", "One bit of the seal was flipped; the next writing command makes it again.",
+        lambda s: flip(s.workspace.root / "seal"),
+        (_no(VERIFY, "was changed, or is of another lineage"), SOUND[SUBMIT], SOUND[VERIFY]),
+    ),
+    Case(
+        "seal-foreign", "The seal of another lineage was put in the place of this one's.",
+        lambda s: overwrite(s.workspace.root / "seal", (s.other / "seal").read_bytes()),
+        (_no(VERIFY, "signed note: has no signature of"),),
     ),
     Case(
         "log-rechained", "One entry was changed and the chain of all later ones made anew, without the key.",

@@ -7,6 +7,7 @@ elsewhere. Never: a tool that needs a private key, unless it is handed one.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 import struct
@@ -33,6 +34,7 @@ from pipeline.objects import hexadecimal
 from pipeline.records import Event
 from pipeline.rollback import roll_back
 from pipeline.safefile import file_and_tensor_digests
+from pipeline.seals import INDEX, NAME, Seal, index_file, seal_text
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore, table_bytes
 from pipeline.workspace import Workspace
@@ -47,7 +49,8 @@ class Scene:
 
     Attributes:
         folder: ``store/`` the workspace, ``kept/`` checkpoints that somebody kept elsewhere while it was sound
-            (``first``: of the time of v1; ``newest``), ``batch.json`` a batch that can be submitted.
+            (``first``: of the time of v1; ``newest``), ``backup/`` the ledger with checkpoint and seal before TD-5
+            arrived, ``batch.json`` a batch that can be submitted.
         other: A sound workspace of another lineage; only read.
     """
 
@@ -65,6 +68,10 @@ class Scene:
     def kept(self, name: str) -> Path:
         """A checkpoint that was kept elsewhere."""
         return self.folder / "kept" / name
+
+    def backup(self, name: str) -> Path:
+        """A file of the workspace as it was before TD-5 arrived."""
+        return self.folder / "backup" / name
 
     # --- where things lie ----------------------------------------------------------------------------------
 
@@ -114,6 +121,10 @@ def sound_scene(folder: Path, other: Path) -> Scene:
     take_in(workspace, "batch-TD-4", {"TD-4": draw_text("TD-4", 30)})
     with Ledger.open(workspace.ledger) as ledger:
         ledger.append(Event(kind="hold", actor="tester", request_id="TD-4", data={"reason": "litigation"}))
+    settle(workspace)
+    scene.backup("").mkdir()
+    for name in ("ledger.db", "checkpoint", "seal"):
+        shutil.copyfile(workspace.root / name, scene.backup(name))
     take_in(workspace, "batch-TD-5", {"TD-5": draw_text("TD-5", 30)}, contact="td-5@holder.example")
     shutil.copyfile(workspace.checkpoint, scene.kept("newest"))
     write_batch(folder, "batch", {"TD-6": draw_text("TD-6", 30)})
@@ -293,6 +304,24 @@ def rechain(workspace: Workspace, change: Callable[[Rows], object], key: Ed25519
     sql(workspace, *statements)
     if key is not None:
         newest_checkpoint(workspace)
+        reseal(workspace, key)
+
+
+def reseal(workspace: Workspace, key: Ed25519PrivateKey) -> None:
+    """Seal the databases as they are, in the name that ``log.pub`` has."""
+    origin, index = parse_vkey(log_vkey(workspace.keys)).name, index_file(workspace.root / INDEX)
+    assert index is not None
+    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+        image = ledger.image()
+    seal = Seal(image.entries, digest_bytes(image.pages), (index.state, index.digest))
+    overwrite(workspace.root / NAME, sign_note(seal_text(seal, origin), origin, key).encode())
+    settle(workspace)
+
+
+def unused_byte(path: Path) -> int:
+    """Place of a byte of a database that belongs to no row: the middle of its longest run of zeros."""
+    runs = sorted(re.finditer(rb"\0+", path.read_bytes()), key=lambda run: run.end() - run.start())
+    return (runs[-1].start() + runs[-1].end()) // 2
 
 
 def _sizes(workspace: Workspace, entries: int) -> list[int]:
