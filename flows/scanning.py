@@ -18,7 +18,7 @@ from rich.text import Text
 from flows.progress import bars
 from flows.reading import checked_entries
 from flows.terminal import Json, err, opened, out, outside, say, show_json, table
-from pipeline.corpus import corpus_files
+from pipeline.corpus import SUFFIXES, corpus_files
 from pipeline.display import plain
 from pipeline.errors import UsageError
 from pipeline.scan import Rule
@@ -59,11 +59,13 @@ def find_copies_in(
     workspace = opened(context)
     if file is not None:
         outside(workspace, file)
-        if file.is_dir() or not file.parent.is_dir():
+        if not file.parent.is_dir() or (file.exists() and not file.is_file()):  # a device would be replaced by a file
             raise UsageError(f"{plain(str(file))}: cannot be written. Name a file in an existing folder.")
     prints = claimed_works(workspace, checked_entries(workspace))
     own = [file.with_name(file.name + ending) for ending in ("", PART, STATE)] if file is not None else []
     files, unread, others = corpus_files(corpus, own)
+    if not files and not unread:
+        raise UsageError(f"There is nothing to search: no file in {', '.join(SUFFIXES)}, but {others:,} others.")
     with _hits_file(file) as path:
         with bars(err, "reading"):
             outcome = find_copies(prints, files, path, Rule(hits=1 if thorough else 3), text_field, workers, note)

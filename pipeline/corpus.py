@@ -15,23 +15,30 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 import zstandard
 
 from pipeline.errors import InvalidInput, Problem
-from pipeline.longjson import long_text
+from pipeline.files import open_regular, unreadable
+from pipeline.longjson import long_text, no_text
 from pipeline.unpacking import READ_BYTES, unpacked
 
 PIECE_CHARS: Final = 1 << 18
 """Characters of a piece: large enough that its cost is that of its text, small enough for the cache."""
 OVERLAP_CHARS: Final = 1 << 12
 """What a piece shows of the next one, so that every shingle lies whole in one piece; ten words of 400 characters."""
-LONG_LINE_BYTES: Final = 1 << 24
-"""A JSON line longer than this is read in a stream; the others as a whole, which is faster."""
-BATCH_BYTES: Final = 1 << 24
-"""Text of a batch of Parquet rows."""
+LONG_LINE_BYTES: Final = 1 << 22
+"""A JSON line longer than this is read in a stream; the others as a whole, which is faster, but a line of ``{},{},``
+takes thirty times its size."""
+BATCH_ROWS: Final = 16
+"""Parquet rows in memory together. A dictionary of one long value, which every row names, is a file of some kilobytes:
+what a batch takes can be bounded by its rows alone. Larger batches are hardly faster."""
+NO_TEXT_SHARE: Final = 0.1
+"""Share of NUL and replaced characters from which a file is not UTF-8: English in UTF-16 has half of them, Russian in
+a one-byte encoding four fifths, French in Latin-1 one in thirty."""
 LONGEST_NAME: Final = 200
 """Characters that are kept of a document's id."""
 
@@ -156,7 +163,8 @@ def read_file(number: int, file: CorpusFile, field: str, tell: Callable[[int], N
     """The documents of a file, piece by piece, and what is wrong with it.
 
     A broken line or row is a problem, and the next one goes on; what breaks the file ends it, and the document that
-    was being read. Bytes that are not UTF-8 come out as U+FFFD.
+    was being read. Bytes that are not UTF-8 come out as U+FFFD; text files may be UTF-16 or UTF-32 with their mark.
+    A file that is not as it was listed is read, and a problem.
 
     Args:
         number: Place of the file in the corpus.
@@ -171,12 +179,16 @@ def read_file(number: int, file: CorpusFile, field: str, tell: Callable[[int], N
     packing = next((end for end in _PACKINGS if end and name.endswith(end)), "")
     documents = _READERS[Path(name.removesuffix(packing)).suffix]
     try:
-        with file.path.open("rb") as stored, unpacked(stored, packing, documents is _parquet, tell) as reader:
-            for document in documents(reader, field):
-                if isinstance(document, str):
-                    yield _unread(file.path, document)
-                else:
-                    yield from _pieces_of(number, file.path, document)
+        with open_regular(file.path) as stored:
+            with unpacked(stored, packing, documents is _parquet, tell) as reader:
+                for document in documents(reader, field):
+                    if isinstance(document, str):
+                        yield _unread(file.path, document)
+                    else:
+                        yield from _pieces_of(number, file.path, document)
+            found = os.fstat(stored.fileno())
+            if (found.st_size, found.st_mtime_ns) != (file.size, file.modified):
+                yield _unread(file.path, "was changed after the search began")
     except (ValueError, *_FILE_ERRORS) as error:
         yield _unread(file.path, _reason(error))
 
@@ -238,14 +250,26 @@ def _cut_at(text: str) -> int:
 # --- formats ----------------------------------------------------------------------------------------------
 
 
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),  # the mark of UTF-16 is the beginning of one
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+
+
 def _plain_text(reader: BinaryIO, field: str) -> Iterator[_Document | str]:
     """The file is one document."""
-    yield _Document(1, None, _decoded(iter(lambda: reader.read(READ_BYTES), b"")))
+    first = reader.read(READ_BYTES)
+    encoding = next((name for mark, name in _MARKS if first.startswith(mark)), "utf-8")
+    text = first.decode(encoding, "replace")
+    if text.count("\0") + text.count("\ufffd") > NO_TEXT_SHARE * len(text):
+        yield "is not text in UTF-8, nor in UTF-16 with its mark; convert it"
+        return
+    yield _Document(1, None, _decoded(chain((first,), iter(lambda: reader.read(READ_BYTES), b"")), encoding))
 
 
-def _decoded(blocks: Iterable[bytes]) -> Iterator[str]:
+def _decoded(blocks: Iterable[bytes], encoding: str = "utf-8") -> Iterator[str]:
     """Bytes as text."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder = codecs.getincrementaldecoder(encoding)("replace")
     for block in blocks:
         yield decoder.decode(block)
     yield decoder.decode(b"", final=True)
@@ -258,22 +282,20 @@ def _json_lines(reader: BinaryIO, field: str) -> Iterator[_Document | str]:
             yield _Document(number, None, long_text(_decoded(line), field))
         elif line.strip():
             try:
-                tree = json.loads(line.decode("utf-8", "replace").lstrip("\ufeff"))
+                tree = json.loads(line.decode("utf-8", "replace").lstrip("\ufeff"), object_pairs_hook=_Members)
             except (ValueError, RecursionError) as error:
                 yield f"document {number}: {_reason(error)}"
                 continue
-            value = tree.get(field, _ABSENT) if isinstance(tree, dict) else _ABSENT
-            if isinstance(value, str | None):
-                yield _Document(number, _named(tree.get("id")), (value or "",))
+            # Of a name that is there twice other readers take the first, or the last: neither may go unsearched.
+            values = [value for name, value in tree if name == field] if isinstance(tree, _Members) else []
+            if len(values) == 1 and isinstance(values[0], str | None):
+                yield _Document(number, _named(dict(tree).get("id")), (values[0] or "",))
             else:
-                yield f"document {number}: {_no_text(field)}"
+                yield f"document {number}: {no_text(field, len(values))}"
 
 
-_ABSENT = object()
-
-
-def _no_text(field: str) -> str:
-    return f"holds no text in a field {field!r} (see --text-field)"
+class _Members(list[tuple[str, object]]):
+    """The members of a JSON object, as they are written."""
 
 
 def _named(value: object) -> str | None:
@@ -319,13 +341,12 @@ def _parquet(reader: BinaryIO, field: str) -> Iterator[_Document | str]:
     arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     try:
         table = parquet.ParquetFile(reader, pre_buffer=False, buffer_size=READ_BYTES)
-        columns = [name for name in (field, "id") if name in table.schema_arrow.names]
+        columns = [name for name in (field, "id") if table.schema_arrow.names.count(name) == 1]
         if field not in columns:
-            raise ValueError(f"has no column {field!r} (see --text-field)")
-        largest = max((_row_bytes(table.metadata, group) for group in range(table.metadata.num_row_groups)), default=1)
-        rows = max(1, min(1 << 12, BATCH_BYTES // largest))
+            yield f"has not one column {field!r} (see --text-field)"
+            return
         number = 0
-        for batch in table.iter_batches(batch_size=rows, columns=columns, use_threads=False):
+        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False):
             texts = batch.column(field).cast(arrow.large_binary())
             names = batch.column("id").to_pylist() if "id" in columns else [None] * len(texts)
             for text, name in zip(texts, names, strict=True):
@@ -333,13 +354,7 @@ def _parquet(reader: BinaryIO, field: str) -> Iterator[_Document | str]:
                 value = text.as_buffer()
                 yield _Document(number, _named(name), _decoded(_blocks(memoryview(value)) if value is not None else ()))
     except arrow.lib.ArrowException as error:
-        raise ValueError(_reason(error)) from error
-
-
-def _row_bytes(metadata: Any, group: int) -> int:
-    """Mean bytes of a row of a row group, as the file says."""
-    found = metadata.row_group(group)
-    return max(1, int(found.total_byte_size) // max(1, int(found.num_rows)))
+        raise ValueError(str(error)) from error
 
 
 def _blocks(value: memoryview) -> Iterator[bytes]:
@@ -363,7 +378,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"is not JSON ({error.msg} at character {error.pos})"
     if isinstance(error, OSError) and error.strerror:
-        return f"cannot be read ({error.strerror})"
+        return unreadable(error)
     if isinstance(error, RecursionError | MemoryError):
         return "is nested too deeply" if isinstance(error, RecursionError) else "asks for more memory than there is"
     return f"cannot be read ({' '.join(str(error).split())[:_LONGEST_REASON]})"

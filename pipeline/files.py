@@ -81,19 +81,29 @@ def explained_space(path: Path) -> Iterator[None]:
         raise
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; a pipe or device would block or never end.
+
+    Raises:
+        OSError: It is missing, cannot be read, or is no regular file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return os.fdopen(fd, "rb")
+
+
 def read_whole(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """Read a small regular file; a pipe or device would block or never end.
+    """Read a small regular file.
 
     Raises:
         OSError: It is missing, cannot be read, is no regular file, or is larger than anything written there.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as stream:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        if found.st_size > most_bytes:
-            raise OSError(errno.EFBIG, f"has {found.st_size} bytes, at most {most_bytes} are written there", str(path))
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most_bytes:
+            raise OSError(errno.EFBIG, f"has {size} bytes, at most {most_bytes} are written there", str(path))
         return stream.read()
 
 

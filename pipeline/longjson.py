@@ -19,16 +19,16 @@ def long_text(chunks: Iterable[str], field: str) -> Iterator[str]:
 
     Args:
         chunks: The JSON text in chunks of any size.
-        field: Name of the field, at the top of the object; of several the first counts.
+        field: Name of the field, at the top of the object; null is an empty text.
 
     Yields:
         Its text in chunks.
 
     Raises:
-        ValueError: The object has no text there, or its string is not JSON.
+        ValueError: The object has no text there, or names the field again behind it, or the string is not JSON.
     """
     source = _Source(chunks)
-    depth, key, is_key = 0, "", False
+    depth, key, is_key, named, texts = 0, "", False, 0, 0
     while mark := source.next_mark():
         if depth == 0 and mark != "{":
             break
@@ -36,11 +36,14 @@ def long_text(chunks: Iterable[str], field: str) -> Iterator[str]:
             parts = source.string()
             if depth == 1 and is_key:
                 key = _unescaped(_beginning(parts))
-            elif depth == 1 and key == field:
+                named += key == field
+            elif depth == 1 and key == field and named == 1:
                 yield from map(_unescaped, parts)
-                return
+                texts += 1
             for _ in parts:
                 pass
+        elif mark == "n":
+            texts += depth == 1 and key == field
         elif mark in "{[":
             depth += 1
             is_key = depth == 1
@@ -48,7 +51,15 @@ def long_text(chunks: Iterable[str], field: str) -> Iterator[str]:
             depth -= 1
         elif depth == 1:
             is_key = mark == ","
-    raise ValueError(f"no text in {field!r}")
+    if named != 1 or not texts:
+        raise ValueError(no_text(field, named))
+
+
+def no_text(field: str, named: int) -> str:
+    """What is wrong with a JSON object that names a field so many times, in words."""
+    if named > 1:
+        return f"names its field {field!r} {named} times, so which one is meant is not known"
+    return f"holds no text in a field {field!r} (see --text-field)"
 
 
 def _unescaped(raw: str) -> str:
@@ -68,7 +79,7 @@ def _beginning(parts: Iterable[str]) -> str:
 class _Source:
     """JSON text that comes in chunks, read through a window."""
 
-    _MARK = re.compile(r'["{}\[\],:]')
+    _MARK = re.compile(r'["{}\[\],:n]')  # no word but null has an n
     _UNFINISHED = re.compile(
         # A backslash that no backslash escapes, with too little behind it; the first of two surrogates waits, too.
         r"(?<!\\)(?:\\\\)*(\\(?:u[0-9a-fA-F]{0,3})?|\\u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)\Z"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
-from pipeline.corpus import CorpusFile, Piece, read_file
+from pipeline.corpus import OVERLAP_CHARS, PIECE_CHARS, CorpusFile, Piece, read_file
 from pipeline.errors import Problem, StoreDamaged, UsageError, WorkspaceBusy
 from pipeline.files import (
     CHUNK_BYTES,
@@ -191,6 +191,7 @@ def find_copies(
         "works": prints.digest,
         "rule": digest_json([CORPUS_PARAMETERS.model_dump(), rule.model_dump(), WITHIN_WORDS, BRIDGED_WORDS]),
         "corpus": digest_json([[str(file.path), file.size, file.modified] for file in files]),
+        "way of cutting": digest_json([PIECE_CHARS, OVERLAP_CHARS]),
         "text field": digest_json(text_field),
     }
     with explained_space(out), _Spool.open(out, key, note) as spool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from pipeline import corpus
 from pipeline.corpus import OVERLAP_CHARS, PIECE_CHARS, SUFFIXES, CorpusFile, Piece, corpus_files, cut, read_file
 from pipeline.errors import InvalidInput, Problem
-from pipeline.longjson import long_text
+from pipeline.longjson import long_text, no_text
 from pipeline.normalise import words
 
 DOCUMENTS = ["Plain words.", "", "Ünïcode, “quotes”, 漢字 and\na line break", "the last one"]
@@ -51,7 +52,8 @@ def packed(data: bytes, name: str) -> bytes:
 def file_of(path: Path, data: bytes | None = None) -> CorpusFile:
     if data is not None:
         path.write_bytes(data)
-    return CorpusFile(path, path.stat().st_size, 0)
+    found = path.stat()
+    return CorpusFile(path, found.st_size, found.st_mtime_ns)
 
 
 def read(file: CorpusFile, field: str = "text") -> tuple[dict[int, str], list[str]]:
@@ -164,9 +166,52 @@ def test_broken_lines_are_counted_and_the_others_read(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_not_utf8_are_replaced(tmp_path: Path) -> None:
-    assert read(file_of(tmp_path / "a.txt", b"one \xff\xfe two \xe2\x82")) == ({1: "one \ufffd\ufffd two \ufffd"}, [])
+    words = "some words in front of them "
+    file = file_of(tmp_path / "a.txt", words.encode() + b"one \xff\xfe two \xe2\x82")
+    assert read(file) == ({1: f"{words}one \ufffd\ufffd two \ufffd"}, [])
     file = file_of(tmp_path / "a.parquet", parquet([b"one \xff two", b"three"]))
     assert read(file) == ({1: "one \ufffd two", 2: "three"}, [])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_a_text_file_with_a_mark_is_decoded_by_it(tmp_path: Path, encoding: str) -> None:
+    text = "A text, long enough to be cut. Ünïcode, 漢字, 😀\n" * 100
+    mark = {"utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE, "utf-32-be": codecs.BOM_UTF32_BE}
+    with mock.patch.object(corpus, "READ_BYTES", 1001):  # in the middle of a character
+        texts, problems = read(file_of(tmp_path / "a.txt", mark.get(encoding, b"") + text.encode(encoding)))
+    assert texts[1].removeprefix("\ufeff") == text and problems == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "cp1251", "shift_jis"])
+def test_text_in_another_encoding_is_a_problem(tmp_path: Path, encoding: str) -> None:
+    text = (
+        "Ёлка, и слова по-русски. " if encoding == "cp1251" else "漢字 " if encoding == "shift_jis" else "Plain words. "
+    )
+    texts, (problem,) = read(file_of(tmp_path / "a.txt.gz", gzip.compress((text * 50).encode(encoding))))
+    assert texts == {} and "UTF-8" in problem
+    texts, problems = read(
+        file_of(tmp_path / "a.txt", "Un texte français, déjà lu par beaucoup. ".encode("latin-1") * 9)
+    )
+    assert problems == [] and texts[1].startswith("Un texte fran\ufffdais"), "some accents are no reason not to search"
+
+
+def test_a_field_that_is_there_twice_is_told(tmp_path: Path) -> None:
+    twice = b'{"text": "one", "te\\u0078t": "two"}\n'
+    texts, problems = read(file_of(tmp_path / "a.jsonl", twice + b'{"x": {"text": 1}, "text": "three", "x": 5}\n'))
+    assert texts == {2: "three"} and problems == ["document 1: " + no_text("text", 2)]
+    with mock.patch.multiple(corpus, LONG_LINE_BYTES=10, READ_BYTES=8):
+        texts, (problem,) = read(file_of(tmp_path / "a.jsonl", twice))
+    assert texts == {1: "one"} and no_text("text", 2) in problem
+
+
+def test_a_column_that_is_there_twice_is_told(tmp_path: Path) -> None:
+    arrow, files = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for names in (["text", "text", "id"], ["text", "id", "id"]):
+        files.write_table(arrow.Table.from_arrays([arrow.array(["words"])] * 3, names=names), tmp_path / "a.parquet")
+        texts, problems = read(file_of(tmp_path / "a.parquet"))
+        assert (texts, problems) == (
+            ({1: "words"}, []) if names[1] == "id" else ({}, ["has not one column 'text' (see --text-field)"])
+        )
 
 
 def test_a_column_that_is_no_text_is_a_problem(tmp_path: Path) -> None:
@@ -212,7 +257,22 @@ def test_a_file_that_goes_away_is_a_problem(tmp_path: Path) -> None:
     file = file_of(tmp_path / "a.txt", b"text")
     (tmp_path / "a.txt").unlink()
     texts, problems = read(file)
-    assert texts == {} and "No such file" in problems[0]
+    assert texts == {} and problems == ["is missing"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl.gz", ".parquet"])
+def test_a_file_that_changes_meanwhile_is_read_and_told(tmp_path: Path, suffix: str) -> None:
+    data = "words" if suffix == ".txt" else jsonl(["words"]) if ".jsonl" in suffix else parquet(["words"])
+    file = file_of(tmp_path / f"a{suffix}", packed(data.encode() if isinstance(data, str) else data, suffix))
+    os.utime(file.path, ns=(0, file.modified + 1))
+    assert read(file) == ({1: "words"}, ["was changed after the search began"])
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    file = file_of(tmp_path / "a.txt", b"text")
+    file.path.unlink()
+    os.mkfifo(file.path)
+    assert read(file) == ({}, ["is not a regular file"])
 
 
 def test_parquet_without_its_library_says_what_to_install(tmp_path: Path) -> None:
@@ -314,13 +374,21 @@ def test_one_string_of_a_long_object(
     "raw",
     [
         '{"other": "text"}', '{"text": 5, "x": "y"}', '["text", "a"]', '"text"', "", '{"text": "never ends',
-        '{"a": {"text": "inner"}}', '{"text": "bad \\q escape"}', '{"text": ["a"]}', '{"text": "\\',
+        '{"text": "a", "text": "b"}', '{"text": "a", "x": "never ends', '{"a": {"text": "inner"}}',
+        '{"text": "bad \\q escape"}', '{"text": ["a"]}', '{"text": "\\',
     ],
 )  # fmt: skip
 def test_a_long_object_without_its_text_is_no_document(raw: str) -> None:
     for size in (1, 3, 100):
         with pytest.raises(ValueError):
             list(long_text([raw[at : at + size] for at in range(0, len(raw), size)], "text"))
+
+
+def test_null_is_an_empty_text_in_a_long_object() -> None:
+    raw = '{"a": [null], "x": null, "text": null, "b": "text"}'
+    assert list(long_text(iter(raw), "text")) == []
+    with pytest.raises(ValueError, match="holds no text"):
+        list(long_text(iter(raw), "a"))
 
 
 def test_long_lines_among_short_ones(tmp_path: Path) -> None:
@@ -344,7 +412,7 @@ from pipeline.corpus import CorpusFile, read_file, Piece
 path = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 chars = problems = 0
-for item in read_file(0, CorpusFile(path, 0, 0), "text", lambda _: None):
+for item in read_file(0, CorpusFile(path, path.stat().st_size, path.stat().st_mtime_ns), "text", lambda _: None):
     if isinstance(item, Piece):
         chars += item.keep
     else:
@@ -385,9 +453,28 @@ def test_a_bomb_takes_little_memory(tmp_path: Path, suffix: str, kind: str) -> N
     if suffix == ".gz":
         with gzip.open(path, "wb", compresslevel=1) as stream:
             for _ in range(size >> 20):
-                stream.write(bytes(1 << 20))
+                stream.write(b" " * (1 << 20))
     else:
-        path.write_bytes(zstandard.compress(bytes(size)))
+        path.write_bytes(zstandard.compress(b" " * size))
     chars, problems, megabytes = memory(path)
     assert megabytes < 200
     assert (chars, problems) == ((size, 0) if kind == ".txt" else (0, 1))
+
+
+@pytest.mark.slow
+def test_a_dictionary_of_one_long_value_takes_little_memory(tmp_path: Path) -> None:
+    arrow, files = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column = arrow.DictionaryArray.from_arrays(
+        arrow.array([0] * 300, arrow.int32()), arrow.array(["word " * (1 << 20)])
+    )
+    files.write_table(arrow.table({"text": column}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    chars, problems, megabytes = memory(tmp_path / "a.parquet")
+    assert (chars, problems) == (300 * (5 << 20), 0) and megabytes < 400, "1.6 GB of text"
+
+
+@pytest.mark.slow
+def test_a_line_of_small_values_takes_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "words", "x": [' + b"{}," * (5 << 20) + b"0]}\n")
+    chars, problems, megabytes = memory(tmp_path / "a.jsonl")
+    assert (chars, problems) == (5, 0) and megabytes < 100

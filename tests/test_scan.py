@@ -344,7 +344,7 @@ def test_totals_and_faults_are_the_same_after_interruptions(tmp_path: Path, smal
     (folder / "part-0.jsonl").write_text(
         "\n".join(line for pair in zip(lines, ["{"] * 99, strict=False) for line in pair)
     )
-    (folder / "bytes.txt").write_bytes(b"\xff" * 7)
+    (folder / "bytes.txt").write_bytes(b"words and what is none: " * 9 + b"\xff" * 7)
     expected, _ = searched(folder, tmp_path / "whole")
     assert expected.faults[0].count == 40 and expected.totals.replaced == 7
     last: list[Outcome] = []
@@ -360,10 +360,11 @@ def test_totals_and_faults_are_the_same_after_interruptions(tmp_path: Path, smal
         ("field", "had another text field"), ("part", "is not what the interrupted search wrote"),
         ("cut", "is not what the interrupted search wrote"), ("state", "is not the state of a search"),
         ("digest", "is damaged"), ("gone", "is not what the interrupted search wrote"),
+        ("pieces", "had another way of cutting"),
     ],
 )  # fmt: skip
 def test_a_search_that_is_another_one_starts_anew_and_says_so(
-    tmp_path: Path, small: None, change: str, told: str
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, change: str, told: str
 ) -> None:
     folder, out = write_corpus(tmp_path / "corpus", files=1), tmp_path / "hits"
     assert stopped_at(17, lambda: searched(folder, out))
@@ -384,6 +385,8 @@ def test_a_search_that_is_another_one_starts_anew_and_says_so(
         part.write_bytes(part.read_bytes()[:40])
     elif change == "gone":
         part.unlink()
+    elif change == "pieces":
+        monkeypatch.setattr(search, "OVERLAP_CHARS", 401)
     elif change == "state":
         state.write_bytes(b'{"digest": 5, "state": []}')
     else:
@@ -596,12 +599,17 @@ def test_thorough_finds_a_single_run(store: Workspace, texts: Path) -> None:
     [
         ("absent", "absent: is missing or cannot be reached"), ("texts/notes.md", "is no kind of file that"),
         ("texts --out nowhere/hits", "Name a file in an existing folder"), ("texts --out texts", "Name a file"),
+        ("texts --out pipe", "Name a file"), ("empty", "There is nothing to search"),
         ("texts --workers 0", "--workers"), ("", "Missing argument"),
     ],
 )  # fmt: skip
 def test_wrong_use_is_told(store: Workspace, texts: Path, arguments: str, told: str) -> None:
+    (texts / "empty").mkdir()
+    (texts / "empty" / "notes.md").write_text("not read")
+    os.mkfifo(texts / "pipe")
     found = call(store, texts, *arguments.split())
     assert found.code == 2 and told in found.text
+    assert (texts / "pipe").is_fifo()
 
 
 def test_the_list_may_not_be_written_into_the_workspace(store: Workspace, texts: Path) -> None:
