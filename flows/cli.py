@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 import pipeline
+from flows.overlaps import show_overlaps
 from flows.progress import bars
 from flows.reading import reading, state_words, storage_line
 from flows.scanning import scanning
@@ -217,6 +218,7 @@ def show_step(workspace: Workspace, view: Any) -> None:
                      f"{len(found.memorised)}/{found.passages}", f"{found.exact_memorisation:.3f}"))  # fmt: skip
     columns = ("request", "answer", "like", "covered", "memorised passages", "EM before")
     out.print(table(f"{view.run_id}: requests", columns, rows))
+    show_overlaps(view.dedupe.decisions)
     if view.evaluation:
         out.print(score_table(view.evaluation, {name: state_words(s) for name, s in states.items()}))
     for reason in view.verdict.reasons if view.verdict else ():

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from flows.overlaps import show_overlaps
 from flows.progress import bars
 from flows.terminal import TIME, Json, err, megabytes, number_of, opened, out, outside, say, show_json, table
 from pipeline.certificate import write_certificate
@@ -21,10 +22,17 @@ from pipeline.diff import VersionDiff
 from pipeline.diff import diff as compare_versions
 from pipeline.digests import prove_tensor
 from pipeline.display import plain
-from pipeline.errors import UsageError
+from pipeline.errors import StoreDamaged, UsageError
 from pipeline.export import EVENT_COLUMNS, REQUEST_COLUMNS, event_rows, request_rows, to_csv
 from pipeline.files import write_atomic
-from pipeline.history import acknowledged_versions, lineage_view, read_entries, version_status, version_views
+from pipeline.history import (
+    acknowledged_versions,
+    decision_of,
+    lineage_view,
+    read_entries,
+    version_status,
+    version_views,
+)
 from pipeline.keys import log_vkey
 from pipeline.records import LedgerEntry, VersionManifest
 from pipeline.report import render
@@ -177,7 +185,7 @@ def show(
     tensor: Annotated[str | None, typer.Option("--tensor", help="Prove one tensor of a version (RFC 6962).")] = None,
     as_json: Json = False,
 ) -> None:
-    """One version (v3) or one request.
+    """One version (v3), or one request with the evidence of its answer.
 
     With --tensor: that this tensor is in the version's root, checkable without the other tensors.
 
@@ -196,10 +204,16 @@ def show(
         return
     if name in states:
         events = [e for e in entries if e.event.request_id == name]
+        try:
+            decision = decision_of(workspace, states[name], entries)
+        except StoreDamaged as error:  # the ledger's answer stands without it
+            decision = None
+            err.print(Text(f"takedown: its evidence cannot be shown: {plain(str(error), 2000)}"), soft_wrap=True)
         if as_json:
-            show_json({"state": states[name], "events": events})
+            show_json({"state": states[name], "events": events, "deduplication": decision})
             return
         show_request(states[name], events)
+        show_overlaps([decision] if decision else [])
         return
     manifest = manifest_of(workspace, entries, name)
     entry = published_versions(entries)[manifest.version]

@@ -19,6 +19,7 @@ from pipeline.ledger import Ledger
 from pipeline.notes import read_checkpoint
 from pipeline.records import (
     Break,
+    DedupeDecision,
     DedupeReport,
     Evaluation,
     LedgerEntry,
@@ -42,6 +43,7 @@ from pipeline.report_views import (
 )
 from pipeline.runs import Plan
 from pipeline.states import (
+    RequestState,
     ancestry,
     current_version,
     follow,
@@ -108,6 +110,17 @@ def step_view(workspace: Workspace, run_id: str, entries: Sequence[LedgerEntry])
         verdict=needed("gate", Verdict) if trained else None,
         limits=plan.settings.gate,
     )
+
+
+def decision_of(workspace: Workspace, state: RequestState, entries: Sequence[LedgerEntry]) -> DedupeDecision | None:
+    """What deduplication decided of a request in the run that answered it last; None where none has.
+
+    Raises:
+        StoreDamaged: That run's record is missing or was changed.
+    """
+    entry = decisions(entries).get(str(state.run_id))
+    found = recall(VersionStore(workspace.versions).objects, entry, "dedupe", DedupeReport) if entry else None
+    return next((d for d in found.decisions if d.request_id == state.request_id), None) if found else None
 
 
 def _version_of(run_id: str, entries: Sequence[LedgerEntry]) -> int | None:

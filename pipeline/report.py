@@ -36,6 +36,7 @@ from pipeline.report_words import (
     decimal,
     listed,
     perplexity,
+    places,
     share,
     size,
     when,
@@ -154,7 +155,14 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        when=when, perplexity=perplexity, decimal=decimal, count=count, counted=counted, listed=listed, size=size
+        when=when,
+        perplexity=perplexity,
+        decimal=decimal,
+        count=count,
+        counted=counted,
+        listed=listed,
+        places=places,
+        size=size,
     )
     environment.globals.update(share=share, above=above)
     return environment

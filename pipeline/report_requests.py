@@ -15,7 +15,7 @@ from pipeline.errors import StoreDamaged
 from pipeline.evidence import DECIDED
 from pipeline.records import LedgerEntry, TextScore
 from pipeline.report_views import EventView, PlannedView, RequestView, StepView
-from pipeline.report_words import event_note, listed
+from pipeline.report_words import event_note, listed, places
 from pipeline.settings import GateSettings
 from pipeline.states import TAKEN_OUT, RequestState
 from pipeline.vault import Vault, received_data
@@ -106,12 +106,18 @@ def _measured(steps: Sequence[StepView], entries: Sequence[LedgerEntry]) -> dict
 
 
 def _covering(state: RequestState, steps: Sequence[StepView]) -> str:
-    """Which requests stand for a repeat or a near-copy, as the run found that answered it."""
+    """Which requests stand for a repeat or a near-copy, and where in its text, as the run found that answered it."""
     decisions = [d for step in steps if step.run_id == state.run_id for d in step.dedupe.decisions]
-    names = [e.request_id for d in decisions if d.request_id == state.request_id for e in d.evidence]
-    if not names or state.decision not in ("repeat", "folded"):
+    decision = next((d for d in decisions if d.request_id == state.request_id), None)
+    if decision is None or not decision.evidence or state.decision not in ("repeat", "folded"):
         return ""
-    return f"with {names[0]}" if state.decision == "folded" else f"covered by {listed(names)}"
+    folded = state.decision == "folded"
+    pairs = decision.evidence[:1] if folded else decision.evidence
+    where = (f"{e.request_id} (characters {places(e.ranges)})" if e.ranges else e.request_id for e in pairs)
+    left_out = (
+        f"; {decision.uncounted:.1%} of the text is boilerplate and was not counted" if decision.uncounted else ""
+    )
+    return f"{'with' if folded else 'covered by'} {listed(where)}{left_out}"
 
 
 def planned_views(entries: Sequence[LedgerEntry]) -> dict[str, PlannedView]:

@@ -184,6 +184,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def places(ranges: Iterable[tuple[int, int]], most: int = 3) -> str:
+    """Character ranges; of many the first and how many more there are; a dash of none."""
+    return listed((f"{start}–{end}" for start, end in ranges), most) or "–"
+
+
 def listed(items: Iterable[str], most: int = 8) -> str:
     """Items with commas; of a long list the first and how many more there are."""
     found = list(items)

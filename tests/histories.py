@@ -24,6 +24,7 @@ from pipeline.records import (
     DedupeDecision,
     DedupeReport,
     Evaluation,
+    Evidence,
     FileRef,
     LedgerEntry,
     MaskReport,
@@ -124,9 +125,22 @@ def _compare(name: str, role: str, before: float, after: float) -> Comparison:
 
 
 def prepare_step(
-    workspace: Workspace, requests: Sequence[str], share: float = 0.05, accepted: bool = True, submit: bool = True
+    workspace: Workspace,
+    requests: Sequence[str],
+    share: float = 0.05,
+    accepted: bool = True,
+    submit: bool = True,
+    evidence: Sequence[Evidence] = (),
 ) -> str:
     """Take requests in and leave a run that has everything but its publish; the caller holds no lock.
+
+    Args:
+        workspace: Where.
+        requests: Their ids.
+        share: Of the weights that the step changes.
+        accepted: Whether the gate accepts.
+        submit: Whether the requests are still to be taken in.
+        evidence: What deduplication found of each.
 
     Returns:
         The run's id.
@@ -153,12 +167,19 @@ def prepare_step(
                 *(_compare(n, "earlier", 0.15, 0.15) for n in earlier),
             ),
             () if accepted else (f"{requests[0]} (this): too high.",),
+            evidence,
         )
     return plan.run_id
 
 
 def _leave_records(
-    run: Run, start: Path, share: float, worked_on: Sequence[str], measured: Sequence[Comparison], broken: Sequence[str]
+    run: Run,
+    start: Path,
+    share: float,
+    worked_on: Sequence[str],
+    measured: Sequence[Comparison],
+    broken: Sequence[str],
+    evidence: Sequence[Evidence] = (),
 ) -> None:
     """Leave the candidate of a run, and what its stages from ``dedupe`` to ``gate`` record.
 
@@ -169,6 +190,7 @@ def _leave_records(
         worked_on: Requests of which the start recites something.
         measured: Requests, before and after.
         broken: Limits that the gate finds broken; none where it accepts.
+        evidence: What deduplication found of each request.
     """
     candidate = run.folder / "candidate"
     with explained_space(candidate):  # as merging does
@@ -183,7 +205,16 @@ def _leave_records(
     )
     records: dict[str, Record] = {
         "dedupe": DedupeReport(
-            decisions=tuple(DedupeDecision(request_id=n, verdict="fresh", covered=0.0) for n in run.plan.requests),
+            decisions=tuple(
+                DedupeDecision(
+                    request_id=n,
+                    verdict="fresh",
+                    covered=0.0,
+                    evidence=tuple(evidence),
+                    uncounted=0.25 * bool(evidence),
+                )
+                for n in run.plan.requests
+            ),
             retain_excluded=(),
         ),
         "screen": ScreenReport(

@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from histories import array_model, make_step, start_history
+from histories import array_model, make_step, prepare_step, publish, start_history
 from tampered.calls import Answer, takedown
 from tampered.scene import rechain, settle, sql
 from workspaces import copied
 
+from pipeline.evidence import decisions, evidence_of
+from pipeline.history import read_entries
+from pipeline.records import Evidence
+from pipeline.states import request_states
+from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
 
 READING = (
@@ -73,6 +78,28 @@ def test_a_signature_is_still_checked_with_the_checkpoint_file_gone(store: Works
 
 
 # --- show, verify, certificate ----------------------------------------------------------------------------
+
+
+def test_a_request_is_shown_with_what_its_text_shares_with_others(store: Workspace) -> None:
+    pair = Evidence(request_id="TD-1", jaccard=0.31, containment=0.52, contained=0.64, ranges=((0, 1204), (1300, 1377)))
+    others = [pair.model_copy(update={"request_id": f"TD-{n}"}) for n in range(11, 21)]
+    publish(store, prepare_step(store, ["TD-3"], evidence=[pair, *others]))
+    found = call(store, "show TD-3")
+    row = next(line.split() for line in found.out.splitlines() if line.split()[:2] == ["TD-3", "TD-1"])
+    assert row[2:] == ["0.310", "0.520", "0.640", "0–1204,", "1300–1377"]
+    assert "TD-3: 25.0% of the text is boilerplate; all shares are of the rest." in found.out
+    assert "TD-3: shares something with 3 more texts" in found.out and "TD-18" not in found.out
+    shown = json.loads(call(store, "show TD-3 --json").out)["deduplication"]
+    assert len(shown["evidence"]) == 11 and shown["evidence"][0]["ranges"] == [[0, 1204], [1300, 1377]]
+    assert "in common" not in call(store, "show TD-1").out, "it was the first text"
+
+
+def test_a_request_is_shown_without_evidence_that_is_lost(store: Workspace) -> None:
+    entry = decisions(read_entries(store))[str(request_states(read_entries(store))["TD-1"].run_id)]
+    VersionStore(store.versions).objects.object_path(evidence_of(entry)["dedupe"]).unlink()
+    found = call(store, "show TD-1")
+    assert found.code == 0 and "TD-1: verified" in found.out and "its evidence cannot be shown" in found.err
+    assert json.loads(call(store, "show TD-1 --json").out)["deduplication"] is None
 
 
 def test_tensors_are_proven_to_be_in_a_version_not_in_a_request(store: Workspace) -> None:

@@ -280,14 +280,16 @@ def request(
 def lineage(**changes: object) -> LineageView:
     """Five versions with a refusal, a repeat, a near-copy, a text never memorised, and v3 rolled back."""
     slight = Evidence(request_id="TD-1", jaccard=0.03, containment=0.05, contained=0.06)
-    repeat = Evidence(request_id="TD-1", jaccard=0.71, containment=0.97, contained=0.73)
-    folded = Evidence(request_id="TD-5", jaccard=0.88, containment=0.95, contained=0.92)
+    repeat = Evidence(request_id="TD-1", jaccard=0.71, containment=0.97, contained=0.73, ranges=((12, 3407),))
+    folded = Evidence(request_id="TD-5", jaccard=0.88, containment=0.95, contained=0.92,
+                      ranges=tuple((at, at + 9) for at in range(0, 50, 10)))  # fmt: skip
     steps = (
         step(1, 0, 1, (compared("TD-1", "this", 0.992, 0.181), compared("TD-2", "this", 0.967, 0.201)),
              (fresh("TD-1"), fresh("TD-2", slight))),
         step(2, 1, 2, (compared("TD-3", "this", 0.981, 0.160), compared("TD-4", "repeat", 0.184, 0.171),
                        compared("TD-1", "earlier", 0.181, 0.176), compared("TD-2", "earlier", 0.201, 0.188)),
-             (fresh("TD-3"), DedupeDecision(request_id="TD-4", verdict="repeat", covered=0.97, evidence=(repeat,)))),
+             (fresh("TD-3"), DedupeDecision(request_id="TD-4", verdict="repeat", covered=0.97, evidence=(repeat,),
+                                           uncounted=0.125))),
         step(3, 2, 3, (compared("TD-7", "this", 0.94, 0.205), compared("TD-1", "earlier", 0.176, 0.19),
                        compared("TD-2", "earlier", 0.188, 0.193), compared("TD-3", "earlier", 0.16, 0.18)),
              (fresh("TD-7"),)),
@@ -526,8 +528,12 @@ def test_tables_hold_the_values() -> None:
         "38",
         "1",
     ]
-    assert parsed.row("TD-4", "repeat", "TD-1")[1:] == ["repeat", "0.970", "TD-1", "0.710", "0.970", "0.730"]
-    assert parsed.row("retain/anthology.txt")[1:] == ["TD-1", "0.310", "0.350", "0.800"]
+    assert parsed.row("TD-4", "repeat", "TD-1")[1:] == [
+        "repeat", "0.970", "0.125", "TD-1", "0.710", "0.970", "0.730", "12–3407",
+    ]  # fmt: skip
+    assert parsed.row("TD-6", "folded", "TD-5")[-1] == "0–9, 10–19, 20–29 and 2 more"
+    assert parsed.row("TD-2", "fresh", "TD-1")[-1] == "–", "records of the first release have no places"
+    assert parsed.row("retain/anthology.txt")[1:] == ["TD-1", "0.310", "0.350", "0.800", "0.000", "–"]
     assert parsed.row("TD-8", "0")[1:] == ["47", "0", "0.190", "0.020"]
     assert "151,233 of 2,097,152 entries (7.21 %) in 3 tensors" in parsed.text
     assert "3 tensors" in parsed.text and "loss 5.02 → 1.31" in parsed.text
@@ -1061,7 +1067,7 @@ def test_view_of_a_workspace_says_what_happened(view: LineageView) -> None:
         assert item.planned.seq < decided.seq and item.planned.limits.forget_tolerance == 0.05
         assert (item.limit is None) == (item.request_id == "C")
         assert item.limit is None or item.after.exact_memorisation <= item.limit + 1e-9
-    assert next(r.note for r in view.requests if r.request_id == "B") == "with A"
+    assert next(r.note for r in view.requests if r.request_id == "B") == "with A (characters 0–222, 231–455)"
     assert [(c.version.version, c.meant) for c in rechecks(view)["A"]] == [(0, False), (1, True), (2, True), (3, True)]
     marks = {f.label: f.mark for f in summarise(view)}
     assert marks == {"Current version": "good", "Requests": "bad", "Forgetting": "good", "Everything else": "good",
