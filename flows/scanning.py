@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -18,11 +18,11 @@ from rich.text import Text
 from flows.progress import bars
 from flows.reading import checked_entries
 from flows.terminal import Json, err, opened, out, outside, say, show_json, table
-from pipeline.corpus import SUFFIXES, corpus_files
 from pipeline.display import plain
 from pipeline.errors import UsageError
-from pipeline.scan import Rule
-from pipeline.search import PART, STATE, Fault, Outcome, claimed_works, find_copies
+
+if TYPE_CHECKING:
+    from pipeline.search import Outcome
 
 scanning = typer.Typer(rich_markup_mode=None)
 
@@ -56,6 +56,11 @@ def find_copies_in(
 
     Example: takedown -w ws find-copies ./corpus --out copies.jsonl --workers 4
     """
+    # Imported here: every other verb would wait for it.
+    from pipeline.corpus import SUFFIXES, corpus_files
+    from pipeline.scan import Rule
+    from pipeline.search import PART, STATE, Fault, claimed_works, find_copies
+
     workspace = opened(context)
     if file is not None:
         outside(workspace, file)

@@ -587,6 +587,12 @@ def test_the_verb_writes_a_file(store: Workspace, texts: Path) -> None:
     assert json.loads(again.out)["hits"] is None and (texts / "texts" / "hits.jsonl").read_bytes() == before
 
 
+def test_other_verbs_do_not_wait_for_what_searches_a_corpus() -> None:
+    code = "import sys, flows.cli; print(sorted({'pipeline.search', 'multiprocessing'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["[]"]
+
+
 def test_thorough_finds_a_single_run(store: Workspace, texts: Path) -> None:
     (texts / "one.txt").write_text(f"{prose('h', 300)} {cut_out(prose('B', 120), 20, 10)} {prose('i', 300)}")
     assert json.loads(call(store, texts, "one.txt", "--json").out)["hits"] == []
