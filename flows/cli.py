@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 import pipeline
+from flows.keeping import keeping
 from flows.overlaps import show_overlaps
 from flows.progress import bars
 from flows.reading import reading, state_words, storage_line
@@ -66,6 +67,7 @@ def choose(
 
 app.add_typer(reading)
 app.add_typer(scanning)
+app.add_typer(keeping)
 
 
 # --- writing verbs ----------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from pipeline.history import (
 )
 from pipeline.keys import log_vkey
 from pipeline.records import LedgerEntry, VersionManifest
+from pipeline.rekey import rekey_notes
 from pipeline.report import render
 from pipeline.states import (
     TAKEN_OUT,
@@ -413,7 +414,7 @@ def verify(
     workspace = opened(context)
     with bars(err, "verify"):
         breaks = find_breaks(workspace, depth, checkpoint or ())
-    for note in (*key_notes(workspace), *seal_notes(workspace), *index_notes(workspace)):
+    for note in (*key_notes(workspace), *rekey_notes(workspace), *seal_notes(workspace), *index_notes(workspace)):
         err.print(Text(f"Note: {plain(note, 2000)}"), soft_wrap=True)
     if as_json:
         show_json(breaks)

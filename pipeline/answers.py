@@ -29,7 +29,7 @@ from pipeline.records import (
 )
 from pipeline.runs import Run, clean, open_run
 from pipeline.states import published_versions
-from pipeline.vault import Vault
+from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 
 OUTCOMES = {"answered": "nothing", "accepted": "published", "refused": "refused"}
@@ -58,7 +58,7 @@ def publish(workspace_root: str, run_id: str, actor: str, reason: str = "") -> P
     store.collect(all_evidence(entries), published_versions(entries))
     version = next((n for n, e in published_versions(entries).items() if e.event.run_id == run_id), None)
     if version is not None:
-        vault = Vault(workspace.vault)
+        vault = open_vault(workspace)
         with DedupeIndex.open(workspace.index) as index:
             for name in forget_spans(run):
                 index.add(name, vault.get(name).text)

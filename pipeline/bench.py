@@ -38,7 +38,7 @@ from pipeline.references import read_texts
 from pipeline.runs import Run
 from pipeline.sparse import SalientWeights, Vector, load_mask, norm, save_vector
 from pipeline.unlearn import Fit, Trace
-from pipeline.vault import Vault
+from pipeline.vault import open_vault
 
 
 class Bench:
@@ -48,7 +48,7 @@ class Bench:
         self.run, self.settings = run, run.settings
         self.model, self.tokenizer = start_model(run)
         self.mask = load_mask(run.folder, run.finished("saliency", MaskReport).mask)
-        vault = Vault(run.workspace.vault)
+        vault = open_vault(run.workspace)
         self.forget = passages_at(self.tokenizer, vault, forget_spans(run))
         self.earlier = passages_at(self.tokenizer, vault, earlier_spans(run))
         trained = [p for name in trained_spans(run) for p in self.forget[name]]

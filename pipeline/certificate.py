@@ -42,7 +42,7 @@ from pipeline.records import Evaluation, LedgerEntry, TextScore
 from pipeline.report_svg import plain_text
 from pipeline.report_words import decimal
 from pipeline.states import RequestState, ancestry, current_version, published_versions, put_back, request_states
-from pipeline.vault import Vault
+from pipeline.vault import open_vault
 from pipeline.versions import SIGNATURE, VersionStore
 from pipeline.workspace import Workspace
 
@@ -304,7 +304,7 @@ def certify(workspace: Workspace, request_id: str, since: Path | None = None) ->
 
 def _request(log: _Log, workspace: Workspace, request_id: str, received: LedgerEntry) -> dict[str, object]:
     """The request: the sender's words from the vault, confirmed, and what the log says of its arrival."""
-    request = Vault(workspace.vault).confirmed(request_id, received.event.data)
+    request = open_vault(workspace).confirmed(request_id, received.event.data)
     return {
         "request_id": request_id,
         "title": request.title,

@@ -68,6 +68,10 @@ class StoreDamaged(EvidenceError):
     """A stored file or row does not match its digest."""
 
 
+class VaultLocked(StoreDamaged):
+    """The vault's master key is missing, is no key, or is another one; nothing was changed."""
+
+
 class NumericalFailure(EvidenceError):
     """A loss, gradient or weight is not finite, or an update missed its target."""
 

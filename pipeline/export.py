@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pipeline.errors import StoreDamaged
 from pipeline.records import LedgerEntry
 from pipeline.states import TAKEN_OUT, current_version, excluded, request_states
-from pipeline.vault import Vault, received_data
+from pipeline.vault import open_vault, received_data
 from pipeline.workspace import Workspace
 
 FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
@@ -33,7 +33,7 @@ def request_rows(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[R
 
     They are empty where it has none, or others than the ledger committed to.
     """
-    vault, out = Vault(workspace.vault), excluded(entries, current_version(entries))
+    vault, out = open_vault(workspace), excluded(entries, current_version(entries))
     measured: dict[str, Mapping[str, object]] = {
         str(e.event.request_id): e.event.data for e in entries if e.event.kind == "verified"
     }

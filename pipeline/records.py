@@ -452,7 +452,7 @@ class Event(Record):
     may follow what). Of a run: ``planned``, before anything is computed, with the limits; then ``accepted`` or
     ``refused`` by the gate, or ``answered`` where nothing had to be trained. Of a version: ``initialised``,
     ``published``, ``rolled-back``. Of the store: ``purging``, ``purged``, ``repacked``,
-    ``sealed``.
+    ``sealed``. Of the vault: ``rekeyed``.
     """
 
     kind: str

@@ -31,7 +31,7 @@ from pipeline.states import (
     stays_out,
 )
 from pipeline.undo import left_out_of, memorised_in, recipe
-from pipeline.vault import Vault
+from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
 
@@ -176,7 +176,7 @@ def _shared_steps(shared: Iterable[str], entries: Sequence[LedgerEntry], request
 
 def _kept_out(workspace: Workspace, chosen: Sequence[str], out: Iterable[str]) -> list[str]:
     """Requests whose text is, by the rule for repeats, also that of others which stand."""
-    vault = Vault(workspace.vault)
+    vault = open_vault(workspace)
     with explained_space(workspace.runs):
         workspace.runs.mkdir(exist_ok=True)
         with (

@@ -18,7 +18,7 @@ from pipeline.report_views import EventView, PlannedView, RequestView, StepView
 from pipeline.report_words import event_note, listed, places
 from pipeline.settings import GateSettings
 from pipeline.states import TAKEN_OUT, RequestState
-from pipeline.vault import Vault, received_data
+from pipeline.vault import open_vault, received_data
 from pipeline.workspace import Workspace
 
 Scores = tuple[TextScore, TextScore, float | None]
@@ -26,7 +26,7 @@ Scores = tuple[TextScore, TextScore, float | None]
 
 CHRONICLE = (
     "rolled-back", "purging", "purged", "repacked", "hold", "released", "countered", "withdrawn", "reinstated",
-    "not-reinstated", "regressed",
+    "not-reinstated", "regressed", "rekeyed",
 )  # fmt: skip
 """Events that are told apart from the requests' own."""
 
@@ -46,7 +46,7 @@ def request_views(
 
     They are missing where it has none, others than the ledger committed to, or may not be read.
     """
-    vault, planned, measured = Vault(workspace.vault), planned_views(entries), _measured(steps, entries)
+    vault, planned, measured = open_vault(workspace), planned_views(entries), _measured(steps, entries)
     events: dict[str, list[EventView]] = {}
     for entry in entries:
         if entry.event.request_id is not None:

@@ -51,6 +51,7 @@ EVENTS = {
     "purged": "purged",
     "repacked": "repacked",
     "sealed": "databases sealed from here on",
+    "rekeyed": "master key of the vault changed",
 }
 """Events in words; an event that is not here is shown as it is."""
 

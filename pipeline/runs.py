@@ -22,7 +22,7 @@ from pipeline.records import Event, Record
 from pipeline.references import KINDS
 from pipeline.settings import Settings
 from pipeline.states import in_force, published_versions, request_states
-from pipeline.vault import Vault
+from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, open_workspace
 
@@ -214,7 +214,7 @@ def references_digest(workspace: Workspace) -> str:
         for kind in KINDS
         for path in sorted((workspace.reference / kind).glob("*.txt"))
     }
-    return Vault(workspace.vault).commitment(canonical_json(digests).decode())
+    return open_vault(workspace).commitment(canonical_json(digests).decode())
 
 
 def clean(folder: Path) -> None:

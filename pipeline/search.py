@@ -39,7 +39,7 @@ from pipeline.records import LedgerEntry, Record
 from pipeline.references import boilerplate
 from pipeline.scan import BRIDGED_WORDS, KEY, UNIT_CHARS, WITHIN_WORDS, Assembly, Copy, Rule, weight
 from pipeline.states import request_states
-from pipeline.vault import Vault, received_data
+from pipeline.vault import open_vault, received_data
 from pipeline.workers import searching
 from pipeline.workspace import Workspace
 
@@ -149,7 +149,7 @@ def claimed_works(workspace: Workspace, entries: Sequence[LedgerEntry]) -> Finge
         StoreDamaged: A text of the vault is missing, or is not the one that the ledger committed to.
         UsageError: There is no work, or a text of boilerplate is not UTF-8.
     """
-    received, vault = received_data(entries), Vault(workspace.vault)
+    received, vault = received_data(entries), open_vault(workspace)
     names = [name for name, state in request_states(entries).items() if state.state not in _LET_GO]
     if not names:
         raise UsageError("Nothing is taken down and nothing waits, so there is nothing to look for.")

@@ -155,6 +155,14 @@ class StoreSettings(Section):
     version takes .19, .13 or .10 of a whole one with 8, 16 or 32; the longest restore about doubles each time."""
 
 
+class VaultSettings(Section):
+    """How the texts are kept."""
+
+    key_file: str = "keys/vault.key"
+    """File of the master key, from the workspace on or absolute: better on another disk, so that a copy of the
+    workspace opens no text. ``TAKEDOWN_VAULT_KEY``, where it is set, goes before it."""
+
+
 class RuntimeSettings(Section):
     """Where and how the numbers are computed."""
 
@@ -177,6 +185,8 @@ class Settings(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     gate: GateSettings = GateSettings()
     store: StoreSettings = StoreSettings()
+    # A path of one machine changes no result: it belongs neither to a run's id nor into what a version is given with.
+    vault: VaultSettings = Field(VaultSettings(), exclude=True)
     runtime: RuntimeSettings = RuntimeSettings()
 
 

@@ -67,7 +67,7 @@ from pipeline.sparse import Mask, Vector, load_mask, load_vector, save_mask
 from pipeline.states import excluded, published_versions
 from pipeline.undo import leave_out
 from pipeline.unlearn import fit_full, mismatched, repair
-from pipeline.vault import Vault
+from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 
 CERTAIN = 0.9
@@ -77,7 +77,7 @@ CERTAIN = 0.9
 def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
     """Compare the requests with each other, with everything taken down, and with what is to be kept."""
     run = open_run(workspace_root, run_id)
-    vault = Vault(run.workspace.vault)
+    vault = open_vault(run.workspace)
 
     def compute() -> DedupeReport:
         requests = [vault.get(name) for name in run.plan.requests]
@@ -138,7 +138,7 @@ def screen(workspace_root: str, run_id: str) -> ScreenReport:
 
     def compute() -> ScreenReport:
         model, tokenizer = start_model(run)
-        vault = Vault(run.workspace.vault)
+        vault = open_vault(run.workspace)
         above = min(level.mean + run.settings.screen.sigma * level.std, CERTAIN)
         texts = {
             name: passages_of(encode(tokenizer, name, vault.get(name).text), run.settings.passages)
@@ -182,7 +182,7 @@ def saliency(workspace_root: str, run_id: str) -> MaskReport:
     def compute() -> MaskReport:
         model, tokenizer = start_model(run)
         unlearn = run.settings.unlearn
-        forget = flatten(passages_at(tokenizer, Vault(run.workspace.vault), trained_spans(run)))
+        forget = flatten(passages_at(tokenizer, open_vault(run.workspace), trained_spans(run)))
         terms = [WeightedPassages(forget, 1.0)]
         if unlearn.random_label_weight:
             drawn = random.Random(f"{run.settings.runtime.seed} saliency")
@@ -296,7 +296,7 @@ def evaluate(workspace_root: str, run_id: str) -> Evaluation:
     def compute() -> Evaluation:
         settings, workspace = run.settings, run.workspace
         parent, tokenizer = parent_model(run)
-        vault, found = Vault(workspace.vault), reference(workspace_root, run_id)
+        vault, found = open_vault(workspace), reference(workspace_root, run_id)
         deduped = run.finished("dedupe", DedupeReport)
         verdicts = {d.request_id: d.verdict for d in deduped.decisions}
         fresh, earlier_texts = first_worked_on(run), earlier_spans(run)

@@ -14,7 +14,7 @@ from pipeline.intake import TakedownBatch, read_batch
 from pipeline.ledger import Ledger
 from pipeline.records import Event, TakedownRequest
 from pipeline.states import known_batches, request_states
-from pipeline.vault import Vault
+from pipeline.vault import open_vault
 from pipeline.workspace import Workspace, writing
 
 
@@ -40,7 +40,9 @@ def submit(workspace: Workspace, path: Path, actor: str) -> TakedownBatch:
     """
     with writing(workspace):
         batch = check_batch(workspace, path)
-        vault = Vault(workspace.vault)
+        vault = open_vault(workspace)
+        vault.create()  # what it has it keeps; a vault of a release before encryption gets its master key here,
+        vault.seal_plain()  # and no text stays readable in a vault that is written to
         for request in batch.requests:
             # A record the ledger does not know is the rest of a submit that died; it was never acknowledged.
             vault.put(request, replace=True)
@@ -63,7 +65,7 @@ def taken_in(workspace: Workspace, path: Path) -> TakedownBatch | None:
         batch = read_batch(path, workspace.settings().intake)
     except InvalidInput:
         return None
-    vault = Vault(workspace.vault)
+    vault = open_vault(workspace)
 
     def known(request: TakedownRequest) -> bool:
         state = states.get(request.request_id)

@@ -1,45 +1,77 @@
-"""The vault: the only place where a request's text and contact are kept.
+"""The vault: the only place where a request's text and contact are kept, encrypted.
 
 In: requests that intake accepted. Out: the same requests, and keyed commitments that a ledger may hold in their place.
 Never: writes over a request, never puts a text or a contact into an error.
+
+Each request has a random key of its own, and that is wrapped under a master key (`pipeline.masters`), so that one
+request can be destroyed alone, and the master key changed without touching a text. Record and key are bound to the
+request's id: under another's name neither opens. The key of the commitments (``vault/key``) lies there as it is, so
+that whoever is shown a text can hold it against the ledger without the master key; it opens nothing, but with it a
+guess of a *whole* text can be confirmed, so it is as private as the folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import json
+import os
 import secrets
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pipeline.errors import StoreDamaged, UsageError
-from pipeline.files import canonical_json, digest_bytes, digest_json, read_whole, write_atomic
+from pipeline import vaultfile
+from pipeline.envelope import new_key, seal, unseal
+from pipeline.errors import StoreDamaged, UsageError, VaultLocked
+from pipeline.files import (
+    canonical_json,
+    digest_bytes,
+    explained_space,
+    fsync_folder,
+    read_whole,
+    remove,
+    write_atomic,
+)
+from pipeline.masters import MasterKeys, require_new_key
 from pipeline.records import LedgerEntry, TakedownRequest
+from pipeline.vaultfile import WrappedKey
+from pipeline.workspace import Workspace
 
 KEY_BYTES = 32
-"""Size of the key; as long as a SHA-256 digest, which is what HMAC-SHA256 can use."""
+"""Size of the commitments' key; as long as a SHA-256 digest, which is what HMAC-SHA256 can use."""
+
+
+def open_vault(workspace: Workspace) -> Vault:
+    """The vault of a workspace, with the master key that its settings name.
+
+    Raises:
+        InvalidInput: ``takedown.toml`` cannot be read.
+    """
+    return Vault(workspace.vault, workspace.root / workspace.settings().vault.key_file)
 
 
 class Vault:
-    """Request texts in one folder, a file per request, readable by their owner only.
+    """Requests in one folder, two files each, readable by their owner only.
 
     A file is named after the digest of the request id, so that ids cannot collide on a case-insensitive file
-    system and no id can name a path. It holds the request and a digest of it: a changed byte is found on reading.
+    system and no id can name a path. A changed byte is found on reading.
 
     Args:
         folder: Where the vault lies, or will lie after `create`.
+        key_file: The master key's file; left out, ``vault.key`` in the workspace's ``keys/``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key_file: Path | None = None) -> None:
         self._folder = folder
+        self._masters = MasterKeys(key_file or folder.parent / "keys" / "vault.key")
 
     def create(self) -> None:
-        """Make the folder (0700) and its random key (0600); a vault that exists keeps its key.
+        """Make the folder (0700), the commitments' key and a master key (0600); a vault that exists keeps its keys.
 
         Raises:
-            StoreDamaged: There are requests but no key, or the key is not one. A new key would
+            StoreDamaged: There are requests but no key of the commitments, or it is not one. A new key would
                 silently part the ledger's commitments from their texts.
+            VaultLocked: There are sealed requests but no master key, or it is not one.
             NoSpace: The disk is full or read-only.
         """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -48,6 +80,10 @@ class Vault:
             self._key()
         else:
             write_atomic(self._key_file, secrets.token_bytes(KEY_BYTES), mode=0o600)
+        if self._key_files():
+            self._masters.in_use()
+        else:
+            self._masters.create()
 
     def put(self, request: TakedownRequest, replace: bool = False) -> None:
         """Keep a request; it is on disk, durable, when this returns. Putting the same again changes nothing.
@@ -60,26 +96,30 @@ class Vault:
         Raises:
             UsageError: The id is taken by another content, which stays as it is.
             StoreDamaged: The file under this id cannot be read.
+            VaultLocked: There is no master key.
             NoSpace: The disk is full or read-only.
         """
         path = self._path(request.request_id)
-        if replace or not path.exists():
-            value = request.model_dump(mode="json")
-            write_atomic(path, canonical_json({"digest": digest_json(value), "request": value}) + b"\n", mode=0o600)
-        elif self.get(request.request_id) != request:
-            raise UsageError(
-                f"{path}: already holds a request {request.request_id!r} with other content. "
-                "Nothing was changed; give the new request an id of its own."
-            )
+        if path.exists() and not replace:
+            if self.get(request.request_id) != request:
+                raise UsageError(
+                    f"{path}: already holds a request {request.request_id!r} with other content. "
+                    "Nothing was changed; give the new request an id of its own."
+                )
+            return
+        self._masters.in_use()  # before anything is changed
+        self._remove(path)  # a record without its key would be a break; no record is none
+        self._seal(request)
 
     def get(self, request_id: str) -> TakedownRequest:
         """Read a request back and check it.
 
         Raises:
-            StoreDamaged: The file is missing, changed, or belongs to another id.
+            StoreDamaged: A file is missing, changed, or belongs to another id.
+            VaultLocked: The master key is missing, or another one.
         """
         path = self._path(request_id)
-        request = _read(path)
+        request = self._read(path)
         if request.request_id != request_id:
             raise StoreDamaged(f"{path}: holds another request than {request_id!r}. Restore the file from a backup.")
         return request
@@ -89,10 +129,11 @@ class Vault:
 
         Raises:
             StoreDamaged: A file is changed or stands under another request's name.
+            VaultLocked: The master key is missing, or another one.
         """
         found = []
         for path in self._files():
-            request = _read(path)
+            request = self._read(path)
             if path != self._path(request.request_id):
                 raise StoreDamaged(
                     f"{path}: holds request {request.request_id!r}, whose file has another name. "
@@ -100,6 +141,134 @@ class Vault:
                 )
             found.append(request.request_id)
         return tuple(sorted(found))
+
+    def erase(self, request_id: str) -> None:
+        """Destroy a request: first its key, then its record; what is gone already is fine.
+
+        Without the key the record is noise, in every copy of it. The key itself may survive where it was copied to: in
+        backups, in blocks that a disk has not used again. There it is wrapped under the master key: a rotation
+        (`pipeline.rekey`) makes such copies useless, too, once the old master key is gone.
+
+        Raises:
+            NoSpace: The disk is read-only.
+        """
+        for path in (self._wrapped(self._path(request_id)), self._path(request_id)):
+            self._remove(path)
+
+    def holds(self, request_id: str) -> bool:
+        """Whether anything of a request is there, readable or not."""
+        path = self._path(request_id)
+        return path.exists() or self._wrapped(path).exists()
+
+    # --- encryption ---------------------------------------------------------------------------------------
+
+    def seal_plain(self) -> int:
+        """Encrypt what a release before encryption wrote; whatever is sealed stays as it is.
+
+        Returns:
+            How many requests were plain.
+
+        Raises:
+            StoreDamaged: One is not as it was written; those before it are sealed.
+            VaultLocked: There is no master key.
+            NoSpace: The disk is full or read-only.
+        """
+        plain = self._plain()
+        for path in plain:
+            self._seal(self._read(path))
+        return len(plain)
+
+    def rewrap(self) -> int:
+        """Wrap every request's key under a new master key, and destroy the old one. No record is touched.
+
+        Stopped anywhere, everything opens, under one key or the other; the same call goes on.
+
+        Returns:
+            How many keys were wrapped anew.
+
+        Raises:
+            StoreDamaged: Keys cannot be opened: all are named, and nothing was changed.
+            VaultLocked: A master key is missing; likewise.
+            UsageError: The new key is to come from the environment, and is the old one.
+            NoSpace: The disk is full or read-only; the same call goes on.
+        """
+        wrapped = self._all_keys()
+        if wrapped and not self._plain():
+            require_new_key(self._masters, frozenset(key.master for key in wrapped.values()))
+        self._masters.begin_rotation()
+        master, count = self._masters.in_use(), 0
+        for path, old in wrapped.items():
+            if old.master != master.name:
+                secret = self._unwrapped(path, old)
+                new = WrappedKey(master.name, seal(master.secret, secret, vaultfile.key_label(path.stem)))
+                write_atomic(path, vaultfile.key_file(new), mode=0o600)
+                count += 1
+        self._masters.end_rotation()
+        return count
+
+    def master(self) -> str:
+        """Name of the master key in use.
+
+        Raises:
+            VaultLocked: There is none.
+        """
+        return self._masters.in_use().name
+
+    def rotating(self) -> bool:
+        """Whether a change of the master key was begun and not ended."""
+        return self._masters.rotating
+
+    def _seal(self, request: TakedownRequest) -> None:
+        """Write a request under a fresh key: the key first, so that no record is there that cannot be opened."""
+        path, master, secret = self._path(request.request_id), self._masters.in_use(), new_key()
+        key = WrappedKey(master.name, seal(master.secret, secret, vaultfile.key_label(path.stem)))
+        sealed = seal(secret, vaultfile.request_bytes(request), vaultfile.record_label(path.stem))
+        write_atomic(self._wrapped(path), vaultfile.key_file(key), mode=0o600)
+        write_atomic(path, vaultfile.sealed_file(sealed), mode=0o600)
+
+    def _read(self, path: Path) -> TakedownRequest:
+        """Read a record, sealed or plain. Raised without a cause: the exceptions of parsers carry what they parsed."""
+        data = _needed(path)
+        sealed = vaultfile.parse_sealed(data)
+        if sealed is None:
+            request = vaultfile.parse_plain(data)
+        else:
+            wrapped = self._wrapped(path)
+            key = self._unwrapped(wrapped, _wrapped_key(wrapped))
+            opened = unseal(key, sealed, vaultfile.record_label(path.stem))
+            request = None if opened is None else vaultfile.parse_request(opened)
+        if request is None:
+            raise StoreDamaged(f"{path}: {_CHANGED}")
+        return request
+
+    def _unwrapped(self, path: Path, key: WrappedKey) -> bytes:
+        """A request's key, from its file."""
+        master = self._masters.find(key.master, path)
+        secret = unseal(master.secret, key.wrapped, vaultfile.key_label(path.stem))
+        if secret is None:
+            raise StoreDamaged(f"{path}: {_CHANGED}")
+        return secret
+
+    def _plain(self) -> list[Path]:
+        """Records of a release that did not encrypt; only their first bytes are read, for there may be thousands."""
+        return [path for path in self._files() if vaultfile.is_plain(_head(path))]
+
+    def _all_keys(self) -> dict[Path, WrappedKey]:
+        """Every wrapped key, all of which open."""
+        found, problems = dict[Path, WrappedKey](), list[str]()
+        for path in self._key_files():
+            try:
+                found[path] = _wrapped_key(path)
+                self._unwrapped(path, found[path])
+            except VaultLocked:
+                raise
+            except StoreDamaged as error:
+                problems.append(str(error))
+        if problems:
+            raise StoreDamaged("\n".join(["Nothing was changed.", *problems]))
+        return found
+
+    # --- commitments --------------------------------------------------------------------------------------
 
     def commitment(self, text: str) -> str:
         """Stand-in for a text where the text may not go: HMAC-SHA256 of its UTF-8 bytes under the vault's key.
@@ -171,9 +340,23 @@ class Vault:
         name = digest_bytes(request_id.encode()).removeprefix("sha256:")
         return self._folder / f"{name}.json"
 
+    def _wrapped(self, path: Path) -> Path:
+        """The key's file beside a record."""
+        return path.with_suffix(".key")
+
     def _files(self) -> list[Path]:
         """All request files; a ``.tmp-`` file that a killed process left is none."""
         return sorted(p for p in self._folder.glob("*.json") if not p.name.startswith("."))
+
+    def _key_files(self) -> list[Path]:
+        """All files of wrapped keys; one without a record is left of a request that was never acknowledged."""
+        return sorted(p for p in self._folder.glob("*.key") if not p.name.startswith("."))
+
+    def _remove(self, path: Path) -> None:
+        if path.exists():
+            with explained_space(path):
+                remove(path)
+                fsync_folder(path.parent)
 
     def _key(self) -> bytes:
         try:
@@ -197,32 +380,29 @@ def received_data(entries: Iterable[LedgerEntry]) -> dict[str, Mapping[str, obje
     return found
 
 
-def _read(path: Path) -> TakedownRequest:
-    """Read one file of the vault.
+_CHANGED = "is not what was written there, or was written for another request. Restore the file from a backup."
 
-    Raises:
-        StoreDamaged: It is missing or not as it was written. Raised without a cause: the exceptions of the
-            parsers carry what they parsed.
-    """
+
+def _needed(path: Path) -> bytes:
+    """A file of the vault that must be there."""
     try:
-        data = read_whole(path)
+        return read_whole(path)
     except FileNotFoundError:
-        data = None
-    if data is None:
-        raise StoreDamaged(f"{path}: is missing. Restore the vault from a backup.")
-    request = _parse(data)
-    if request is None:
-        raise StoreDamaged(f"{path}: is not what was written there. Restore the file from a backup.")
-    return request
+        raise StoreDamaged(f"{path}: is missing. Restore the vault from a backup.") from None
 
 
-def _parse(data: bytes) -> TakedownRequest | None:
-    """The request that a file holds, or None where it does not match its digest."""
+def _head(path: Path) -> bytes:
+    """The first bytes of a file; none of what is no regular file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
     try:
-        value = json.loads(data)
-        if digest_json(value["request"]) != value["digest"]:
-            return None
-        request = TakedownRequest.model_validate(value["request"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return request
+        return os.read(fd, len(vaultfile.PLAIN_START)) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    finally:
+        os.close(fd)
+
+
+def _wrapped_key(path: Path) -> WrappedKey:
+    """A request's key as its file has it."""
+    found = vaultfile.parse_key(_needed(path))
+    if found is None:
+        raise StoreDamaged(f"{path}: {_CHANGED}")
+    return found

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.errors import NotAWorkspace, StoreDamaged, TakedownError, UsageError
+from pipeline.errors import NotAWorkspace, StoreDamaged, TakedownError, UsageError, VaultLocked
 from pipeline.evidence import DECIDED, decisions, evidence_of
 from pipeline.files import canonical_json, digest_bytes, read_whole, unreadable
 from pipeline.keys import load_log_key, load_model_key, log_vkey, model_public_key
@@ -36,7 +36,7 @@ from pipeline.states import (
     unfinished_purge,
 )
 from pipeline.storecheck import Depth, StoreCheck, manifest_break
-from pipeline.vault import Vault
+from pipeline.vault import Vault, open_vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import FORMAT, Workspace, open_workspace
 
@@ -513,34 +513,20 @@ def index_notes(workspace: Workspace) -> tuple[str, ...]:
 
 def _check_vault(workspace: Workspace, entries: Entries) -> list[Break]:
     """Every received request must have its record in the vault, with the text that the ledger committed to."""
-    vault = Vault(workspace.vault)
+    try:
+        vault = open_vault(workspace)
+    except TakedownError as error:
+        means = "It may name the master key's file, so no text was checked. Correct it, and verify again."
+        return [Break(where=workspace.settings_file.name, found=str(error), means=means)]
     breaks = []
     received = {e.event.request_id: e.event for e in reversed(entries) if e.event.kind == "received"}
-    lost = "Its text is lost or was exchanged: it can no longer be re-checked on new versions."
-    for request_id, event in reversed(received.items()):
-        where = f"request {request_id}"
-        try:
-            request = vault.get(str(request_id))
-            other = vault.differences(request, event.data)
-        except StoreDamaged as error:
-            breaks.append(Break(where=where, found=f"vault: {error}", means=lost))
-        except OSError as error:
-            means = "Its text was not checked. Run verify as the user who owns the vault."
-            breaks.append(Break(where=where, found=f"vault: cannot be read ({error.strerror})", means=means))
-        else:
-            if other == "text":
-                told = "its text in the vault, under the vault's key, is not the one that the ledger committed to"
-                breaks.append(Break(where=where, found=told, means=lost))
-            elif other is not None:
-                told = f"its record in the vault has another {other} than the ledger committed to"
-                means = "Nobody can say from the vault who claimed what; certificates and reports do not show it."
-                breaks.append(Break(where=where, found=told, means=means))
-            if (request.batch_id, request.received_at) != _arrival(event.data):
-                found = "its record in the vault names another batch or time than the ledger"
-                means = "Nobody can say from the vault when and with what it arrived; the ledger counts."
-                breaks.append(Break(where=where, found=found, means=means))
     try:
+        for request_id, event in reversed(received.items()):
+            breaks += _check_record(vault, str(request_id), event.data)
         extra = [request_id for request_id in vault.ids() if request_id not in received]
+    except VaultLocked as error:
+        means = "No sealed text was checked. Run verify where the master key is."
+        return [*breaks, Break(where=workspace.vault.name, found=str(error), means=means)]
     except (StoreDamaged, OSError) as error:
         extra = []
         if not breaks:
@@ -549,6 +535,39 @@ def _check_vault(workspace: Workspace, entries: Entries) -> list[Break]:
     found = "is in the vault, but no ledger entry received it"
     means = "Intake was interrupted or is running, and submitting it again is safe; or ledger entries were removed."
     return breaks + [Break(where=f"request {request_id}", found=found, means=means) for request_id in extra]
+
+
+def _check_record(vault: Vault, request_id: str, received: Mapping[str, object]) -> list[Break]:
+    """One request's record against its ``received`` event.
+
+    Raises:
+        VaultLocked: The master key is missing, or another one: that is no break of this record.
+    """
+    where = f"request {request_id}"
+    lost = "Its text is lost or was exchanged: it can no longer be re-checked on new versions."
+    try:
+        request = vault.get(request_id)
+        other = vault.differences(request, received)
+    except VaultLocked:
+        raise
+    except StoreDamaged as error:
+        return [Break(where=where, found=f"vault: {error}", means=lost)]
+    except OSError as error:
+        means = "Its text was not checked. Run verify as the user who owns the vault."
+        return [Break(where=where, found=f"vault: cannot be read ({error.strerror})", means=means)]
+    breaks = []
+    if other == "text":
+        told = "its text in the vault, under the vault's key, is not the one that the ledger committed to"
+        breaks.append(Break(where=where, found=told, means=lost))
+    elif other is not None:
+        told = f"its record in the vault has another {other} than the ledger committed to"
+        means = "Nobody can say from the vault who claimed what; certificates and reports do not show it."
+        breaks.append(Break(where=where, found=told, means=means))
+    if (request.batch_id, request.received_at) != _arrival(received):
+        found = "its record in the vault names another batch or time than the ledger"
+        means = "Nobody can say from the vault when and with what it arrived; the ledger counts."
+        breaks.append(Break(where=where, found=found, means=means))
+    return breaks
 
 
 def _arrival(data: Mapping[str, object]) -> tuple[object, object]:

@@ -18,18 +18,20 @@ from pathlib import Path
 import pytest
 from histories import array_model, entries_of, make_step, prepare_step, publish, reinstate, start_history
 from powerloss import Loss, Power, PowerCut
-from workspaces import write_batch
+from workspaces import plain_record, write_batch
 
 from pipeline.errors import NoSpace, TakedownError
 from pipeline.evidence import all_evidence
 from pipeline.ledger import Ledger
 from pipeline.records import Event
+from pipeline.rekey import rekey
 from pipeline.requests import note
 from pipeline.rollback import roll_back
 from pipeline.states import current_version, purged_versions, request_states
 from pipeline.storecheck import Depth
 from pipeline.submit import submit
 from pipeline.upkeep import purge, repack
+from pipeline.vault import Vault
 from pipeline.verify import verify
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, open_workspace, writing
@@ -55,7 +57,7 @@ def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two published versions, a rolled-back third, a prepared but unpublished step, and a batch beside it.
 
-    A, of the first version, is countered.
+    A, of the first version, is countered, and lies in the vault as releases before encryption wrote it.
     """
     folder = tmp_path_factory.mktemp("faults")
     workspace = start_history(folder / "ws", array_model(folder / "model"))
@@ -65,6 +67,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     roll_back(workspace, 2, "tester", "C was too much", override=True)
     note(workspace, "countered", "A", "tester", "licence shown")
     prepare_step(workspace, ["D"])
+    plain_record(workspace.vault, Vault(workspace.vault).get("A"))
     write_batch(folder, "batch-E", {"E": "a text of its own that nobody else has"})
     return workspace.root
 
@@ -79,6 +82,7 @@ OPERATIONS: dict[str, Operation] = {
     "rollback": lambda ws: roll_back(ws, 1, "tester", "trial", override=True),
     "purge": lambda ws: purge(ws, 2, "tester", "retention"),
     "repack whole": lambda ws: repack(ws, 1, "tester"),
+    "rekey": lambda ws: rekey(ws, "tester"),
     "submit": lambda ws: submit(ws, ws.root.parent / "batch-E.json", "tester"),
     "reinstate": lambda ws: reinstate(ws, "A", again=["B"]),
 }
@@ -161,6 +165,9 @@ def test_power_cut_at_every_call(
                 assert found == states[1] and DONE[name] in str(error), error
             assert _shown(left)[:3] == states[1][:3]
             assert verify(left, Depth.DEEP) == []
+        if name in ("rekey", "submit") and _shown(left) != states[0]:
+            assert not [p.name for p in left.vault.glob("*.json") if b"sealed" not in p.read_bytes()]
+            assert not Vault(left.vault).rotating()
         shutil.rmtree(folder)
         shutil.rmtree(left.root.parent)
     assert step > 4, "there are more calls than that"
@@ -210,7 +217,8 @@ DISK_CALLS = {
     "fsync", "link", "replace", "rename", "unlink", "fchmod", "mkdir", "rmdir", "write_bytes", "write_text", "touch",
     "symlink_to", "hardlink_to", "makedirs", "remove", "truncate", "rmtree",
 }  # fmt: skip
-KEPT_FOR_GOOD = ("ledger", "objects", "versions", "keys", "vault", "evidence", "rollback", "delta", "blocks", "states")
+KEPT_FOR_GOOD = ("ledger", "objects", "versions", "keys", "vault", "masters", "rekey", "evidence", "rollback",
+                 "delta", "blocks", "states")  # fmt: skip
 """Modules whose files must survive a power cut; the others write scratch, or files for people."""
 ELSEWHERE = {
     ("versions", "mkdir"): "the folder that a version is restored into",

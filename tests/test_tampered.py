@@ -131,7 +131,7 @@ def contents(workspace: Workspace) -> dict[Path, str]:
     return {
         **{path: path.name for path in stored},
         **{path: f"v{int(path.stem)}: signature" for path in versions.glob("*.sig")},
-        **dict.fromkeys(vault.glob("*.json"), "request TD-1"),
+        **dict.fromkeys((*vault.glob("*.json"), *vault.glob("*.key")), "request TD-1"),
         workspace.checkpoint: "checkpoint",
     }
 
@@ -162,12 +162,13 @@ def test_every_flipped_byte_of_a_content_is_found_and_its_file_named(small: Work
 
 @pytest.mark.slow
 def test_every_flipped_byte_of_what_the_others_hang_on_is_found(small: Workspace) -> None:
-    """Seal, manifests, public keys, the vault's key, the marker: one byte at a time."""
+    """Seal, manifests, public keys, the vault's keys, the marker: one byte at a time."""
     chosen = [
         small.root / "seal",
         *small.versions.glob("*.json"),
         small.keys / "log.pub",
         small.keys / "model.pub",
+        small.keys / "vault.key",
         small.vault / "key",
     ]
     tried = 0
@@ -175,6 +176,10 @@ def test_every_flipped_byte_of_what_the_others_hang_on_is_found(small: Workspace
         data = path.read_bytes()
         for at in range(len(data)):
             flipped(path, data, at)
+            if path == small.marker and path.read_bytes().split() == data.split():
+                continue  # one kind of white space for another
+            if path.name == "vault.key" and path.read_bytes().strip().lower() == data.strip():
+                continue  # a capital digit
             assert verify(small), f"{path.name}: byte {at}"
             tried += 1
         overwrite(path, data)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from workspaces import plain_record
 
 from pipeline.errors import StoreDamaged, UsageError
 from pipeline.evidence import all_evidence
@@ -412,6 +413,7 @@ def test_a_history_signed_with_other_keys_is_found(workspace: Workspace, tmp_pat
     kept = _all_checkpoints(workspace, tmp_path / "kept")
     workspace.keys.rename(tmp_path / "old keys")
     create_keys(workspace.keys, ORIGIN)
+    (tmp_path / "old keys" / "vault.key").rename(workspace.keys / "vault.key")
     _rechain(workspace)
     found = _found(workspace)
     assert found[:2] == [f"keys/{kind}.pub: is not the key that the first entry names" for kind in ("log", "model")]
@@ -678,7 +680,7 @@ def _vault_file(workspace: Workspace, request_id: str) -> Path:
 def test_a_missing_or_changed_vault_record_is_found(workspace: Workspace) -> None:
     path = _vault_file(workspace, "TD-1")
     data = path.read_bytes()
-    path.write_bytes(data.replace(b"confidential", b"confidentiaL"))
+    path.write_bytes(data.replace(b"A", b"B", 1))
     (line,) = _found(workspace)
     assert line.startswith("request TD-1: vault: ")
     path.unlink()
@@ -687,13 +689,14 @@ def test_a_missing_or_changed_vault_record_is_found(workspace: Workspace) -> Non
 
 
 def test_an_exchanged_text_contradicts_its_commitment(workspace: Workspace) -> None:
-    """With a digest made anew the record is sound by itself; the ledger knows better."""
-    path = _vault_file(workspace, "TD-1")
-    value = json.loads(path.read_bytes())["request"]
-    value["text"] = "something else"
-    path.write_bytes(canonical_json({"digest": digest_json(value), "request": value}) + b"\n")
+    """Sealed anew, or written as old releases did, the record is sound by itself; the ledger knows better."""
+    vault = Vault(workspace.vault)
+    other = vault.get("TD-1").model_copy(update={"text": "something else"})
+    vault.put(other, replace=True)
     (line,) = _found(workspace)
     assert line.startswith("request TD-1: its text in the vault")
+    plain_record(workspace.vault, other)
+    assert _found(workspace) == [line]
 
 
 @pytest.mark.parametrize(("field", "value"), [("title", "Other"), ("rights_holder", "Other"), ("contact", "x@y")])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.records import Publication
+    from pipeline.records import Publication, TakedownRequest
     from pipeline.runs import Plan
     from pipeline.workspace import Workspace
 
@@ -174,6 +174,17 @@ def take_in(workspace: Workspace, batch_id: str, texts: Mapping[str, str], **fie
     path = write_batch(workspace.root.parent, batch_id, texts, **fields)
     submit(workspace, path, "tester")
     path.unlink()
+
+
+def plain_record(vault: Path, request: TakedownRequest) -> Path:
+    """A record as releases before encryption wrote it, and without its key."""
+    from pipeline.files import canonical_json, digest_bytes, digest_json
+
+    path = vault / f"{digest_bytes(request.request_id.encode()).removeprefix('sha256:')}.json"
+    value = request.model_dump(mode="json")
+    path.write_bytes(canonical_json({"digest": digest_json(value), "request": value}) + b"\n")
+    path.with_suffix(".key").unlink(missing_ok=True)
+    return path
 
 
 STAGES = (

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from safetensors.numpy import load_file, save_file
+from workspaces import plain_record
 
 from pipeline.delta import WholeFile, write_delta
 from pipeline.files import canonical_json, digest_bytes
@@ -31,6 +32,7 @@ from pipeline.objects import hexadecimal
 from pipeline.oms import model_signature
 from pipeline.records import Event
 from pipeline.upkeep import purge
+from pipeline.vault import Vault
 from tampered.scene import (
     WEIGHTS,
     Rows,
@@ -471,6 +473,11 @@ def _folder_for_index(scene: Scene) -> None:
     path.mkdir()
 
 
+def _make_plain(scene: Scene) -> None:
+    request = Vault(scene.workspace.vault).get("TD-1")
+    plain_record(scene.workspace.vault, request.model_copy(update={"text": "Something harmless."}))
+
+
 def _forget_in_index(scene: Scene) -> None:
     with closing(sqlite3.connect(scene.workspace.index / "index.db", isolation_level=None)) as connection:
         connection.execute("DELETE FROM takedown WHERE request_id = 'TD-1'")
@@ -539,7 +546,7 @@ SURROUNDINGS = (
     Case(
         "vault-records-exchanged", "The vault's records of TD-1 and TD-2 were exchanged under each other's names.",
         lambda s: exchange(s.record("TD-1"), s.record("TD-2")),
-        (_no(VERIFY, "holds another request than"), UNREAD),
+        (_no(VERIFY, "or was written for another request"), UNREAD),
     ),
     Case(
         "vault-text-replaced", "The text of TD-1 in the vault was replaced, and the record's own digest made anew.",
@@ -578,7 +585,32 @@ SURROUNDINGS = (
         lambda s: shutil.copyfile(
             s.record("TD-1"), s.record("TD-1").with_name(f"{hexadecimal(digest_bytes(b'TD-7'))}.json")
         ),
-        (_no(VERIFY, "whose file has another name"), UNREAD),
+        (_no(VERIFY, ".key: is missing"), UNREAD),
+    ),
+    Case(
+        "vault-wrapped-key-byte", "One bit of the key of TD-1 in the vault was flipped.",
+        lambda s: flip(s.record("TD-1").with_suffix(".key")),
+        (_no(VERIFY, "request TD-1"), UNREAD),
+    ),
+    Case(
+        "vault-keys-exchanged", "The keys of TD-1 and TD-2 in the vault were exchanged.",
+        lambda s: exchange(s.record("TD-1").with_suffix(".key"), s.record("TD-2").with_suffix(".key")),
+        (_no(VERIFY, "or was written for another request"), UNREAD),
+    ),
+    Case(
+        "vault-made-plain", "The record of TD-1 was replaced by a readable one of an old release with another text.",
+        _make_plain,
+        (_no(VERIFY, "is not the one that the ledger committed to"), UNREAD),
+    ),
+    Case(
+        "master-key-removed", "The vault's master key was deleted.",
+        lambda s: (s.workspace.keys / "vault.key").unlink(),
+        (_no(VERIFY, "needs the master key"), SOUND[QUICK], _no(SUBMIT, "Restore the key from a backup")),
+    ),
+    Case(
+        "master-key-replaced", "The vault's master key was replaced by another one.",
+        lambda s: overwrite(s.workspace.keys / "vault.key", b"7" * 64),
+        (_no(VERIFY, "needs the master key"), SOUND[QUICK]),
     ),
     Case(
         "index-byte", "One bit of a fingerprint in the index was flipped.",
