@@ -22,6 +22,7 @@ from pipeline.diff import VersionDiff
 from pipeline.diff import diff as compare_versions
 from pipeline.digests import prove_tensor
 from pipeline.display import plain
+from pipeline.erase import erased_notes
 from pipeline.errors import StoreDamaged, UsageError
 from pipeline.export import EVENT_COLUMNS, REQUEST_COLUMNS, event_rows, request_rows, to_csv
 from pipeline.files import write_atomic
@@ -112,11 +113,11 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 
 
 def state_words(state: RequestState) -> str:
-    """A state with the answer that led to it, where it has another name, and a hold."""
+    """A state with the answer that led to it, where it has another name, a hold, and an erasure."""
     answer = f" ({state.decision})" if state.decision not in (None, state.state, "applied") else ""
     if state.reinstated_in is not None and state.state == "reinstated":
         answer = f" in v{state.reinstated_in}"
-    return f"{state.state}{answer}{', on hold' if state.on_hold else ''}"
+    return f"{state.state}{answer}{', on hold' if state.on_hold else ''}{', erased' if state.erased else ''}"
 
 
 @reading.command()
@@ -414,7 +415,9 @@ def verify(
     workspace = opened(context)
     with bars(err, "verify"):
         breaks = find_breaks(workspace, depth, checkpoint or ())
-    for note in (*key_notes(workspace), *rekey_notes(workspace), *seal_notes(workspace), *index_notes(workspace)):
+    erased = erased_notes(read_entries(workspace)) if not breaks else ()
+    notes = (*key_notes(workspace), *rekey_notes(workspace), *seal_notes(workspace), *index_notes(workspace), *erased)
+    for note in notes:
         err.print(Text(f"Note: {plain(note, 2000)}"), soft_wrap=True)
     if as_json:
         show_json(breaks)

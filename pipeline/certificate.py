@@ -41,7 +41,15 @@ from pipeline.notes import MAX_NOTE_BYTES, read_checkpoint
 from pipeline.records import Evaluation, LedgerEntry, TextScore
 from pipeline.report_svg import plain_text
 from pipeline.report_words import decimal
-from pipeline.states import RequestState, ancestry, current_version, published_versions, put_back, request_states
+from pipeline.states import (
+    RequestState,
+    ancestry,
+    current_version,
+    erased_requests,
+    published_versions,
+    put_back,
+    request_states,
+)
 from pipeline.vault import open_vault
 from pipeline.versions import SIGNATURE, VersionStore
 from pipeline.workspace import Workspace
@@ -50,6 +58,9 @@ CERTIFICATE, PAGE = "certificate.json", "certificate.html"
 
 STATES_CERTIFIED = ("verified", "countered", *verify_bundle.ANSWERS)
 """States of which a certificate can speak; a countered text stays out until it is reinstated."""
+
+ERASED = "(erased)"
+"""Stands for the sender's words where they were destroyed."""
 
 # --- reading ----------------------------------------------------------------------------------------------
 
@@ -130,12 +141,15 @@ class _Case(NamedTuple):
     Attributes:
         state: Where it stands.
         decision: The entry that answered it: ``verified`` where a version excludes it.
-        path: Versions from the one that the answer names to the one in force.
+        path: Versions from the one that the answer names to the one in force; of a text that was taken out and
+            erased, to the last one that could be measured.
+        erased: The entry that says that the text is gone.
     """
 
     state: RequestState
     decision: LedgerEntry
     path: tuple[int, ...]
+    erased: LedgerEntry | None
 
     @property
     def excluded(self) -> bool:
@@ -179,7 +193,11 @@ def _case(log: _Log, request_id: str) -> _Case:
             f"request {request_id!r}: the entry that answers it ({decision.seq}) names other requests that its text "
             "resembles, and a certificate would give their ids away. An auditor can read it with `takedown log`."
         )
-    return _Case(state, decision, path[path.index(version) :])
+    path = path[path.index(version) :]
+    begun = erased_requests(log.entries).get(request_id)
+    if begun is not None and decision.event.kind == "verified":
+        path = tuple(v for v in path if _published(log, v).seq < begun.seq)
+    return _Case(state, decision, path, log.find("erased", request_id=request_id))
 
 
 def _published(log: _Log, version: int) -> LedgerEntry:
@@ -244,6 +262,8 @@ def _used_entries(log: _Log, case: _Case, request_id: str) -> list[LedgerEntry]:
         used.append(published)
         if case.excluded or (version and published.event.run_id == run_id):
             used += [log.needed(kind, run_id=published.event.run_id) for kind in ("planned", "accepted")]
+    if case.erased is not None:
+        used.append(case.erased)
     return sorted({entry.seq: entry for entry in used}.values(), key=lambda entry: entry.seq)
 
 
@@ -283,9 +303,10 @@ def certify(workspace: Workspace, request_id: str, since: Path | None = None) ->
         "format": verify_bundle.FORMAT,
         "issued_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "lineage": _published(log, 0).event.data.get("lineage"),
-        "request": _request(log, workspace, request_id, received),
+        "request": _request(log, workspace, case, received),
         "outcome": "excluded" if case.excluded else decision.event.kind,
         "state": case.state.state,
+        **({"erased_at": log.at(case.erased)} if case.erased is not None else {}),
         "decided_at": log.at(decision),
         "decided_by": decision.event.actor,
         "version": _version(log, version),
@@ -302,13 +323,18 @@ def certify(workspace: Workspace, request_id: str, since: Path | None = None) ->
     return Certificate.model_validate({**tree, "statement": verify_bundle.statement(tree)})
 
 
-def _request(log: _Log, workspace: Workspace, request_id: str, received: LedgerEntry) -> dict[str, object]:
+def _request(log: _Log, workspace: Workspace, case: _Case, received: LedgerEntry) -> dict[str, object]:
     """The request: the sender's words from the vault, confirmed, and what the log says of its arrival."""
-    request = open_vault(workspace).confirmed(request_id, received.event.data)
+    request_id = case.state.request_id
+    if case.state.erased:
+        title = rights_holder = ERASED
+    else:
+        request = open_vault(workspace).confirmed(request_id, received.event.data)
+        title, rights_holder = request.title, request.rights_holder
     return {
         "request_id": request_id,
-        "title": request.title,
-        "rights_holder": request.rights_holder,
+        "title": title,
+        "rights_holder": rights_holder,
         "batch_id": received.event.data["batch_id"],
         "received_at": received.event.data["received_at"],
         "recorded_at": log.at(received),

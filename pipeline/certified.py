@@ -221,6 +221,8 @@ class Certificate(Record):
         version: The version that this is about.
         current: The version in force.
         later: Versions made from that one, up to the one in force.
+        erased_at: When the text was erased: versions made since are left out of ``later`` and ``current``, for nothing
+            could be measured on them; None, and left out of the JSON, where it was not.
         passages: Token ranges (prompt start, start, end) of the text that were taken out and measured.
         measured: For a text that was taken out.
         answer: For one that was not.
@@ -242,6 +244,7 @@ class Certificate(Record):
     version: CertifiedVersion
     current: int
     later: tuple[LaterVersion, ...]
+    erased_at: str | None = None
     passages: tuple[tuple[int, int, int], ...]
     measured: Measured | None
     answer: Answered | None
@@ -256,6 +259,8 @@ class Certificate(Record):
         tree = self.model_dump(mode="json")
         if self.log.since is None:
             del tree["log"]["since"]
+        if self.erased_at is None:
+            del tree["erased_at"]
         if self.request.record is None:
             del tree["request"]["record"]
         return tree

@@ -34,7 +34,14 @@ from pipeline.records import (
 from pipeline.references import MEASURED, read_texts
 from pipeline.runs import Run, open_run
 from pipeline.settings import Settings
-from pipeline.states import ancestry, excluded, published_versions, purged_versions, request_states
+from pipeline.states import (
+    ancestry,
+    erased_requests,
+    excluded,
+    published_versions,
+    purged_versions,
+    request_states,
+)
 from pipeline.undo import memorised_in
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
@@ -84,12 +91,13 @@ def passages_at(
 
 
 def earlier_spans(run: Run) -> dict[str, list[PassageSpan]]:
-    """The passages that the parent was made to forget and must still not know, by request.
+    """The passages that the parent was made to forget and must still not know, by request; without what was erased.
 
     In a reinstatement also those of the same requests that are memorised where the step starts.
     """
     with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
-        still = excluded(ledger.entries(), run.plan.parent).keys() - set(run.plan.reinstates)
+        entries = ledger.entries()
+    still = excluded(entries, run.plan.parent).keys() - set(run.plan.reinstates) - erased_requests(entries).keys()
     spans = {name: found for name, found in forgotten_spans(run).items() if name in still}
     if not run.plan.reinstates:
         return {name: found for name, found in spans.items() if name not in run.plan.requests}
@@ -99,6 +107,14 @@ def earlier_spans(run: Run) -> dict[str, list[PassageSpan]]:
         for name in sorted(spans.keys() | again.keys())
         if name not in fresh
     }
+
+
+def erased_texts(run: Run) -> tuple[str, ...]:
+    """Requests that the parent was made to forget and whose text was erased: nobody can measure it."""
+    with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
+        entries = ledger.entries()
+    still = excluded(entries, run.plan.parent).keys() & erased_requests(entries).keys()
+    return tuple(name for name in sorted(forgotten_spans(run)) if name in still)
 
 
 def first_worked_on(run: Run) -> list[str]:

@@ -7,14 +7,14 @@ whose digest the ledger does not give.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from pipeline.errors import StoreDamaged
 from pipeline.files import canonical_json, explained_space
 from pipeline.merkle import merkle_root
 from pipeline.objects import ObjectStore
-from pipeline.records import Comparison, Evaluation, LedgerEntry, Record
+from pipeline.records import Comparison, DedupeReport, Evaluation, LedgerEntry, Record, RetainExclusion
 from pipeline.runs import Run
 
 R = TypeVar("R", bound=Record)
@@ -74,6 +74,25 @@ def recall(objects: ObjectStore, entry: LedgerEntry, name: str, kind: type[R]) -
         raise StoreDamaged(
             f"ledger entry {entry.seq}: its evidence {name!r} is not a {kind.__name__}. Run `takedown verify`."
         ) from error
+
+
+def noted_exclusions(
+    objects: ObjectStore, entries: Iterable[LedgerEntry], requests: Collection[str]
+) -> tuple[RetainExclusion, ...]:
+    """Documents that runs left out of what is kept because they resemble some requests, as the evidence has it.
+
+    Raises:
+        StoreDamaged: Evidence is missing or changed.
+    """
+    if not requests:
+        return ()
+    found: dict[str, RetainExclusion] = {}
+    for entry in decisions(entries).values():
+        report = recall(objects, entry, "dedupe", DedupeReport)
+        for exclusion in report.retain_excluded if report is not None else ():
+            if exclusion.request_id in requests:
+                found[exclusion.document] = exclusion
+    return tuple(found.values())
 
 
 def _record(data: bytes) -> bytes:

@@ -21,7 +21,8 @@ FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
 REQUEST_COLUMNS = (
     "request_id", "batch_id", "title", "rights_holder", "basis", "state", "answer", "on_hold", "received_at",
-    "decided_at", "excluded_since", "excluded_now", "em_before", "em_after", "em_limit", "run_id", "commitment",
+    "erased", "decided_at", "excluded_since", "excluded_now", "em_before", "em_after", "em_limit", "run_id",
+    "commitment",
 )  # fmt: skip
 EVENT_COLUMNS = ("seq", "at", "event", "actor", "request_id", "version", "run_id", "reason", "digest")
 
@@ -56,6 +57,7 @@ def request_rows(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[R
                 "state": state.state,
                 "answer": state.decision,
                 "on_hold": state.on_hold,
+                "erased": state.erased,
                 "received_at": state.received_at.isoformat(),
                 "decided_at": state.decided_at.isoformat() if state.decided_at else None,
                 "excluded_since": f"v{state.version}" if state.state in TAKEN_OUT else None,

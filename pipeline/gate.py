@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline.records import Evaluation, TextScore, Verdict
 from pipeline.settings import GateSettings
@@ -12,7 +12,9 @@ ROUNDING = 1e-9
 """Slack for sums of float64; a limit met exactly is met."""
 
 
-def decide(evaluation: Evaluation, original: Mapping[str, TextScore], limits: GateSettings) -> Verdict:
+def decide(
+    evaluation: Evaluation, original: Mapping[str, TextScore], limits: GateSettings, erased: Sequence[str] = ()
+) -> Verdict:
     """Decide whether a candidate may become the current version.
 
     Args:
@@ -21,6 +23,7 @@ def decide(evaluation: Evaluation, original: Mapping[str, TextScore], limits: Ga
             model, so that many small ones cannot add up unseen. And scores of texts to be put back, from before they
             were taken out.
         limits: The limits, fixed before the run.
+        erased: Earlier requests whose text is gone.
 
     Returns:
         Accepted only if no limit is broken; otherwise one sentence for each.
@@ -62,7 +65,12 @@ def decide(evaluation: Evaluation, original: Mapping[str, TextScore], limits: Ga
             )
     if not evaluation.of("this", "repeat", "folded", "reinstated"):
         reasons.append("Nothing was unlearned or put back: no request of this step is in the evaluation.")
-    unchecked = []
+    measured = {comparison.name for comparison in evaluation.comparisons}
+    unchecked = [
+        f"{name} (earlier): its text was erased, so nobody can measure whether it is still out."
+        for name in erased
+        if name not in measured
+    ]
     if not kept:
         unchecked.append("Works to be kept: none were given at init (--kept), so their loss was not measured.")
     if not held:

@@ -23,6 +23,7 @@ from pipeline.states import (
     RELEASED,
     ancestry,
     current_version,
+    erased_requests,
     excluded,
     published_versions,
     purged_versions,
@@ -89,15 +90,16 @@ def check_reinstatement(
         The versions whose steps are left out, newest first; none where none was made without the texts.
 
     Raises:
-        UsageError: No reason; a request is unknown, on hold or in another state; its text is that of others, too; its
-            step took out what is withdrawn or on hold; or the weights of its step were purged.
+        UsageError: No reason; a request is unknown, erased, on hold or in another state; its text is that of others,
+            too; its step took out what is withdrawn, erased or on hold; or the weights of its step were purged.
         StoreDamaged: A manifest is not the one that the ledger names.
     """
     if not reason.strip():
         raise UsageError("A reinstatement needs a reason: it stays on record. Give one with --reason.")
     _stop(_problems(requests, entries))
     left_out, shared = steps_to_leave_out(workspace, entries, requests)
-    stay = set(excluded(entries, current_version(entries))) - set(requests)
+    # With what was erased nothing can be compared any more.
+    stay = excluded(entries, current_version(entries)).keys() - set(requests) - erased_requests(entries).keys()
     _stop(_shared_steps(shared, entries, requests) + _kept_out(workspace, requests, stay))
     return left_out
 
@@ -151,6 +153,8 @@ def _problems(chosen: Iterable[str], entries: Sequence[LedgerEntry]) -> list[str
         state = states.get(name)
         if state is None:
             problems.append(f"{name!r}: no such request. `takedown status` lists all.")
+        elif state.erased:
+            problems.append(f"{name}: its text was erased, so nobody could measure whether it came back.")
         elif state.on_hold:
             problems.append(f"{name}: is on hold. Release it first.")
         elif name in back:
@@ -169,6 +173,11 @@ def _shared_steps(shared: Iterable[str], entries: Sequence[LedgerEntry], request
     for name in sorted(set(shared) - set(requests)):
         if states[name].state == "withdrawn":
             problems.append(f"{name}: was taken out in the same step and is withdrawn. Reinstate it with them.")
+        elif states[name].erased:
+            problems.append(
+                f"{name}: was taken out in the same step and its text was erased: it would come back, and no run could "
+                "take it out again."
+            )
         elif states[name].on_hold:
             problems.append(f"{name}: was taken out in the same step and is on hold. Release it first.")
     return problems

@@ -215,6 +215,7 @@ def _about_requests(view: LineageView) -> Fact:
     lost = [r.request_id for r in view.requests if _is_out(r) and r.request_id not in out]
     back = [r.request_id for r in view.requests if r.state == "regressed"]
     held = [r.request_id for r in view.requests if r.on_hold]
+    gone = [r.request_id for r in view.requests if r.erased]
     counts: dict[str, int] = {}
     for request in view.requests:
         phrase = _standing(view, request, out)
@@ -224,6 +225,8 @@ def _about_requests(view: LineageView) -> Fact:
         sentences.append(f"Came back: {listed(back)}.")
     if held:
         sentences.append(f"On legal hold: {listed(held)}.")
+    if gone:
+        sentences.append(f"Erased, so no longer measured on new versions: {listed(gone)}.")
     waits = any(r.state in TO_DO for r in view.requests)
     return Fact("Requests", tuple(sentences), "bad" if lost or back else "open" if waits else "good")
 

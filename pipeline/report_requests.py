@@ -26,9 +26,15 @@ Scores = tuple[TextScore, TextScore, float | None]
 
 CHRONICLE = (
     "rolled-back", "purging", "purged", "repacked", "hold", "released", "countered", "withdrawn", "reinstated",
-    "not-reinstated", "regressed", "rekeyed",
+    "not-reinstated", "regressed", "rekeyed", "erasing", "erased",
 )  # fmt: skip
 """Events that are told apart from the requests' own."""
+
+ENDS = {"purging": "purged", "erasing": "erased"}
+"""What begins → what says that it is done."""
+
+ERASED_WORDS = "(erased)"
+"""Stands for what nobody can show any more."""
 
 
 def aware(moment: datetime) -> datetime:
@@ -59,6 +65,8 @@ def request_views(
             title, holder = request.title, request.rights_holder
         except (StoreDamaged, OSError):
             title, holder = "(not in the vault, not readable, or not what the ledger committed to)", ""
+            if state.erased:
+                title = ERASED_WORDS
         before, after, limit = measured.get(name, (None, None, None))
         views.append(
             RequestView(
@@ -71,6 +79,7 @@ def request_views(
                 decision=state.decision,
                 decided_at=state.decided_at,
                 on_hold=state.on_hold,
+                erased=state.erased,
                 version=state.version if state.state in TAKEN_OUT else None,
                 run_id=state.run_id,
                 planned=planned.get(str(state.run_id)),
@@ -150,12 +159,15 @@ def event_view(entry: LedgerEntry) -> EventView:
 def chronicle(entries: Sequence[LedgerEntry]) -> tuple[EventView, ...]:
     """What was done to history: rollbacks, purges, repacks, holds, counter-notices, and what came back by itself.
 
-    What a rollback brought back stands with the rollback, and a purge that was ended stands once.
+    What a rollback brought back stands with the rollback; a purge or an erasure that was ended stands once.
     """
     told = []
     for entry in entries:
         kind = entry.event.kind
-        ended = kind == "purging" and any(e.event.kind == "purged" and e.seq > entry.seq for e in entries)
+        ended = kind in ENDS and any(
+            e.event.kind == ENDS[kind] and e.event.request_id == entry.event.request_id and e.seq > entry.seq
+            for e in entries
+        )
         by_rollback = kind == "regressed" and entry.event.data.get("cause") == "rollback"
         if kind in CHRONICLE and not ended and not by_rollback:
             told.append(event_view(entry))

@@ -137,6 +137,7 @@ class RequestView(Record):
         decision: How the last run answered it; None while none has.
         decided_at: When the state was reached; None while it waits.
         on_hold: Under legal hold.
+        erased: Text, contact, title and rights holder were destroyed.
         version: Version that first excluded it; None where none does.
         run_id: Run that answered it last.
         planned: Limits of that run, as they were put on record before; None where no entry gives them.
@@ -156,6 +157,7 @@ class RequestView(Record):
     decision: str | None = None
     decided_at: AwareDatetime | None = None
     on_hold: bool = False
+    erased: bool = False
     version: int | None = None
     run_id: str | None = None
     planned: PlannedView | None = None

@@ -46,6 +46,8 @@ EVENTS = {
     "reopened": "waiting again: answered on a version not in force",
     "hold": "put on legal hold",
     "released": "released from legal hold",
+    "erasing": "erasure begun",
+    "erased": "text and contact erased",
     "rolled-back": "rolled back",
     "purging": "purge begun",
     "purged": "purged",

@@ -42,6 +42,8 @@ def note(workspace: Workspace, kind: Kind, request_id: str, actor: str, reason: 
         state = states.get(request_id)
         if state is None:
             raise UsageError(f"{request_id!r}: no such request. `takedown status` lists all.")
+        if kind == "hold" and state.erased:
+            raise UsageError(f"{request_id}: was erased, so there is nothing left to hold.")
         if kind in HOLDS and state.on_hold == HOLDS[kind]:
             raise UsageError(f"{request_id}: is {'on hold already' if state.on_hold else 'not on hold'}.")
         if kind not in HOLDS and state.state == "reinstated":

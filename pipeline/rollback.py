@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from pipeline.errors import Refused, UsageError
 from pipeline.ledger import Ledger
 from pipeline.records import Event, LedgerEntry, Record
-from pipeline.states import current_version, last_words, published_versions, purged_versions, turn
+from pipeline.states import (
+    current_version,
+    erased_requests,
+    last_words,
+    published_versions,
+    purged_versions,
+    turn,
+)
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
 
@@ -54,7 +61,8 @@ def roll_back(workspace: Workspace, version: int, actor: str, reason: str, overr
 
     Raises:
         UsageError: No such version, no reason, already current, or purged.
-        Refused: Removed text would come back or reinstated text go out, and there is no override.
+        Refused: Removed text would come back or reinstated text go out, and there is no override; or removed text would
+            come back that was erased, whether there is one or not.
         StoreDamaged: The store cannot make this version again.
         WorkspaceBusy: Another process is writing.
     """
@@ -71,6 +79,12 @@ def roll_back(workspace: Workspace, version: int, actor: str, reason: str, overr
         if version in purged_versions(entries):
             raise UsageError(f"v{version}: its weights were purged. Choose a version that is still there.")
         turned = turn(entries, version)
+        gone = sorted(set(turned.brought_back) & erased_requests(entries).keys())
+        if gone:
+            raise Refused(
+                f"v{version}: still holds what was taken out for {', '.join(gone)}, whose text was erased since: no "
+                "run could take it out again. Nothing was changed."
+            )
         if turned.brought_back and not override:
             raise Refused(
                 f"v{version}: still holds what was taken out for {', '.join(turned.brought_back)}. Nothing was "

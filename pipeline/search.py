@@ -142,17 +142,18 @@ class SearchState(Record):
 def claimed_works(workspace: Workspace, entries: Sequence[LedgerEntry]) -> FingerprintSet:
     """The works that somebody claims: taken out, to be worked on, contested, or found not to be memorised.
 
-    Not those that were withdrawn or reinstated. Boilerplate does not count: the texts in ``reference/boilerplate`` and
-    what more unrelated works have than ``dedupe.boilerplate_works``.
+    Not those that were withdrawn, reinstated or erased. Boilerplate does not count: the texts in
+    ``reference/boilerplate`` and what more unrelated works have than ``dedupe.boilerplate_works``.
 
     Raises:
         StoreDamaged: A text of the vault is missing, or is not the one that the ledger committed to.
         UsageError: There is no work, or a text of boilerplate is not UTF-8.
     """
     received, vault = received_data(entries), open_vault(workspace)
-    names = [name for name, state in request_states(entries).items() if state.state not in _LET_GO]
+    states = request_states(entries)
+    names = [name for name, state in states.items() if state.state not in _LET_GO and not state.erased]
     if not names:
-        raise UsageError("Nothing is taken down and nothing waits, so there is nothing to look for.")
+        raise UsageError("Nothing is taken down and nothing waits whose text is there: there is nothing to look for.")
     works = ((name, vault.confirmed(name, received[name]).text) for name in names)
     return FingerprintSet.of(works, boilerplate(workspace), workspace.settings().dedupe.boilerplate_works)
 

@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.bench import Bench, has_repair
 from pipeline.context import (
     earlier_spans,
+    erased_texts,
     first_worked_on,
     flatten,
     forget_spans,
@@ -33,6 +34,7 @@ from pipeline.context import (
 from pipeline.dedupe import dedupe, exclude_retain
 from pipeline.errors import StoreDamaged
 from pipeline.evaluate import score_texts
+from pipeline.evidence import noted_exclusions
 from pipeline.gate import decide
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
@@ -64,7 +66,7 @@ from pipeline.runs import DAMAGED_RUN, Run, open_run
 from pipeline.safefile import model_root, read_header
 from pipeline.saliency import WeightedPassages, accumulate_gradients, select
 from pipeline.sparse import Mask, Vector, load_mask, load_vector, save_mask
-from pipeline.states import excluded, published_versions
+from pipeline.states import erased_requests, excluded, published_versions
 from pipeline.undo import leave_out
 from pipeline.unlearn import fit_full, mismatched, repair
 from pipeline.vault import open_vault
@@ -85,9 +87,11 @@ def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
             if vault.commitment(request.text) != commitment:
                 raise StoreDamaged(f"{request.request_id}: its text in the vault is not the one that was received.")
         with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
-            states = excluded(ledger.entries(), run.plan.parent)
+            entries = ledger.entries()
+        states, gone = excluded(entries, run.plan.parent), erased_requests(entries).keys()
         # In a reinstatement everything that stays out is worked on, and nothing but that is compared.
-        done = [] if run.plan.reinstates else [name for name, state in states.items() if state.decision != "repeat"]
+        standing = [] if run.plan.reinstates else [n for n, state in states.items() if state.decision != "repeat"]
+        done = [name for name in standing if name not in gone]
         ignored = boilerplate(run.workspace)
         keep = {f"retain/{n}": t for n, t in read_texts(run.workspace, "retain").items()}
         keep |= {f"kept/{n}": t for n, t in read_texts(run.workspace, "kept").items()}
@@ -103,7 +107,12 @@ def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
             decisions = dedupe(requests, index, run.settings.dedupe, ignored)
             waiting = {request.request_id: request.text for request in requests}
             excluded_texts = exclude_retain(keep, waiting, run.settings.dedupe, index=index, boilerplate=ignored)
-        return DedupeReport(decisions=decisions, retain_excluded=excluded_texts)
+            found = {exclusion.document for exclusion in excluded_texts}
+            noted = noted_exclusions(VersionStore(run.workspace.versions).objects, entries, states.keys() & gone)
+        return DedupeReport(
+            decisions=decisions,
+            retain_excluded=(*excluded_texts, *(e for e in noted if e.document in keep.keys() - found)),
+        )
 
     return run.stage("dedupe", DedupeReport, (), compute)
 
@@ -346,4 +355,5 @@ def gate(workspace_root: str, run_id: str) -> Verdict:
     run = open_run(workspace_root, run_id)
     evaluation = run.finished("evaluate", Evaluation)
     original = {**reference(workspace_root, run_id).scores, **scores_before(run)}
-    return run.stage("gate", Verdict, (evaluation,), lambda: decide(evaluation, original, run.settings.gate))
+    gone = erased_texts(run)
+    return run.stage("gate", Verdict, (evaluation,), lambda: decide(evaluation, original, run.settings.gate, gone))

@@ -55,6 +55,10 @@ HOLDS = {"hold": True, "released": False}
 ATTEMPTS: dict[str, tuple[str, ...]] = {"not-reinstated": RELEASED}
 """Event that tells of an attempt without success → states that it may follow; its state stays."""
 
+ERASURE = ("erasing", "erased")
+"""Events around the destruction of a request's text and contact; its state stays. From the first on nothing may count
+on the text, whatever of it is left."""
+
 PUBLISHING = ("initialised", "published")
 """Events that acknowledge a version."""
 
@@ -69,6 +73,7 @@ class RequestState(Record):
             below the limit; ``regressed``: it came back later and is still to be done; see `NEXT` for the others.
         decision: How the last run answered it: one of `DECISIONS`; None while none has.
         on_hold: Under legal hold: not worked on, and nothing that concerns it is destroyed.
+        erased: Its text and contact were destroyed, or are being: nothing can be worked on or measured any more.
         batch_id: Batch that it arrived in.
         received_at: When, as the batch says.
         decided_at: When the state was reached; None while waiting.
@@ -82,6 +87,7 @@ class RequestState(Record):
     state: State
     decision: str | None = None
     on_hold: bool = False
+    erased: bool = False
     batch_id: str
     received_at: datetime
     decided_at: datetime | None = None
@@ -93,7 +99,7 @@ class RequestState(Record):
     @property
     def to_do(self) -> bool:
         """Whether the next run works on it."""
-        return self.state in TO_DO and not self.on_hold
+        return self.state in TO_DO and not self.on_hold and not self.erased
 
 
 def request_states(entries: Iterable[LedgerEntry]) -> dict[str, RequestState]:
@@ -142,12 +148,14 @@ def _received(entry: LedgerEntry) -> RequestState | str:
 def _moved(known: RequestState | None, entry: LedgerEntry) -> RequestState | str:
     """The state after an event, or why it cannot be."""
     event = entry.event
-    if event.kind not in (*NEXT, *HOLDS, *ATTEMPTS):
+    if event.kind not in (*NEXT, *HOLDS, *ATTEMPTS, *ERASURE):
         return f"{event.kind!r} is no event of a request"
     if known is None:
         return f"request {event.request_id!r} is {event.kind}, but no earlier entry received it"
     if event.kind in HOLDS:
         return known.model_copy(update={"on_hold": HOLDS[event.kind]})
+    if event.kind in ERASURE:
+        return known.model_copy(update={"erased": True})
     if known.state not in (NEXT | ATTEMPTS)[event.kind]:
         return f"request {event.request_id!r} is {event.kind}, but was {known.state} before"
     if event.kind in ATTEMPTS:
@@ -212,6 +220,21 @@ def unfinished_purge(entries: Iterable[LedgerEntry]) -> LedgerEntry | None:
         if entry.event.kind in ("purging", "purged"):
             begun = entry if entry.event.kind == "purging" else None
     return begun
+
+
+def erased_requests(entries: Iterable[LedgerEntry]) -> dict[str, LedgerEntry]:
+    """Requests whose text was destroyed, or is being, with the first entry that says so."""
+    found: dict[str, LedgerEntry] = {}
+    for entry in entries:
+        if entry.event.kind in ERASURE and entry.event.request_id is not None:
+            found.setdefault(entry.event.request_id, entry)
+    return found
+
+
+def unfinished_erasures(entries: Sequence[LedgerEntry]) -> dict[str, LedgerEntry]:
+    """Those of them whose erasure was begun and not ended."""
+    ended = {e.event.request_id for e in entries if e.event.kind == "erased"}
+    return {name: entry for name, entry in erased_requests(entries).items() if name not in ended}
 
 
 def ancestry(published: Mapping[int, LedgerEntry], version: int) -> tuple[int, ...]:
@@ -309,7 +332,7 @@ def stays_out(entries: Sequence[LedgerEntry], left_out: Sequence[int], reinstate
     """Requests that a reinstatement must look at, because their text could come back with the one that is put back.
 
     Everything that the version in force excludes; and what was answered as not memorised when the text was out already,
-    that is on a version with a step that is left out now.
+    that is on a version with a step that is left out now. But for what was erased: there is nothing left to look for.
     """
     current = current_version(entries)
     path = set(ancestry(published_versions(entries), current))
@@ -318,7 +341,8 @@ def stays_out(entries: Sequence[LedgerEntry], left_out: Sequence[int], reinstate
         for n, s in request_states(entries).items()
         if s.state == "not-memorised" and s.version in path and s.version >= min(left_out)
     }
-    return tuple(sorted((excluded(entries, current).keys() | asked) - set(reinstates)))
+    gone = set(reinstates) | erased_requests(entries).keys()
+    return tuple(sorted((excluded(entries, current).keys() | asked) - gone))
 
 
 def known_batches(entries: Iterable[LedgerEntry]) -> set[str]:

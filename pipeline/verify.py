@@ -10,7 +10,7 @@ earlier checkpoint; or rewritten by somebody who has the signing key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -29,10 +29,12 @@ from pipeline.states import (
     OUT,
     PUBLISHING,
     current_version,
+    erased_requests,
     follow,
     last_words,
     published_versions,
     purged_versions,
+    unfinished_erasures,
     unfinished_purge,
 )
 from pipeline.storecheck import Depth, StoreCheck, manifest_break
@@ -520,9 +522,13 @@ def _check_vault(workspace: Workspace, entries: Entries) -> list[Break]:
         return [Break(where=workspace.settings_file.name, found=str(error), means=means)]
     breaks = []
     received = {e.event.request_id: e.event for e in reversed(entries) if e.event.kind == "received"}
+    erased, unfinished = erased_requests(entries), unfinished_erasures(entries)
     try:
         for request_id, event in reversed(received.items()):
-            breaks += _check_record(vault, str(request_id), event.data)
+            if request_id in erased:
+                breaks += _check_erased(vault, str(request_id), unfinished)
+            else:
+                breaks += _check_record(vault, str(request_id), event.data)
         extra = [request_id for request_id in vault.ids() if request_id not in received]
     except VaultLocked as error:
         means = "No sealed text was checked. Run verify where the master key is."
@@ -535,6 +541,17 @@ def _check_vault(workspace: Workspace, entries: Entries) -> list[Break]:
     found = "is in the vault, but no ledger entry received it"
     means = "Intake was interrupted or is running, and submitting it again is safe; or ledger entries were removed."
     return breaks + [Break(where=f"request {request_id}", found=found, means=means) for request_id in extra]
+
+
+def _check_erased(vault: Vault, request_id: str, unfinished: Collection[str]) -> list[Break]:
+    """What was erased must be gone; what was begun must have been ended."""
+    where, means = f"request {request_id}", "Its text or contact may still be there. Run the same erasure again."
+    if request_id in unfinished:
+        return [Break(where=where, found="its erasure was begun and not ended", means=means)]
+    if vault.holds(request_id):
+        means = "It was put back by hand or from a backup. Delete the files of this name in the vault."
+        return [Break(where=where, found="was erased, and the vault has a record or key of it again", means=means)]
+    return []
 
 
 def _check_record(vault: Vault, request_id: str, received: Mapping[str, object]) -> list[Break]:

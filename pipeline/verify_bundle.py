@@ -460,6 +460,7 @@ class Story(NamedTuple):
         later: Published each version made from that one, up to the one in force.
         gates: The gate's acceptance by version, where the certificate has it.
         plans: The plan by version, likewise.
+        erased: Says that the text is gone; None where it is not.
     """
 
     start: Entry
@@ -470,6 +471,7 @@ class Story(NamedTuple):
     later: tuple[Entry, ...]
     gates: dict[int, Entry]
     plans: dict[int, Entry]
+    erased: Entry | None
 
     @property
     def excluded(self) -> bool:
@@ -511,8 +513,11 @@ def tell(document: Document) -> Story:
         if entry.version is not None and runs:
             gates[entry.version] = document.find("accepted", run_id=entry.run_id)
             plans[entry.version] = document.find("planned", run_id=entry.run_id)
-    story = Story(start, received, planned, decision, version, tuple(path[1:]), gates, plans)
+    gone = "erased_at" in document.tree
+    erased = document.find("erased", request_id=request_id) if gone else None
+    story = Story(start, received, planned, decision, version, tuple(path[1:]), gates, plans, erased)
     used = {e.seq for e in (start, received, planned, decision, *path, *gates.values(), *plans.values())}
+    used |= {erased.seq} if erased is not None else set()
     if strangers := sorted(document.entries.keys() - used):
         raise Refused(f"log: entry {strangers[0]} has no part in this certificate: it was exchanged or mixed in.")
     _check_order(story, path)
@@ -522,6 +527,8 @@ def tell(document: Document) -> Story:
 def _check_order(story: Story, path: Sequence[Entry]) -> None:
     """What was fixed beforehand must stand before the result, and a result before what rests on it."""
     rows = [(story.received, story.planned, story.decision)]
+    if story.erased is not None:
+        rows.append((story.planned, story.decision, story.erased))
     if story.excluded:
         rows.append((story.planned, story.version, story.decision))
         if story.version.kind != "published" or story.version.run_id != story.decision.run_id:
@@ -589,6 +596,8 @@ def derive(document: Document, story: Story) -> dict[str, Any]:
         "state": said.get("state"),
         "version": _published(version),
     }
+    if story.erased is not None:
+        expected["erased_at"] = story.erased.at
     if story.excluded:
         gate = story.gates[_number(version)]
         expected["measured"] = {name: data.get(name) for name in ("after", "before", "level", "limit")}
@@ -663,8 +672,11 @@ def statement(certificate: Mapping[str, Any]) -> list[str]:
         later = [
             f"version {v['version']} {memorisation('later', v['measured']):.3f}" for v in certificate["later"]
         ]  # fmt: skip
+        last = "the last one before its text was erased" if "erased_at" in certificate else "the one in force"
         if later:
-            certified.append(f"Measured again in every later version up to the one in force: {', '.join(later)}.")
+            certified.append(f"Measured again in every later version up to {last}: {', '.join(later)}.")
+        elif "erased_at" in certificate:
+            certified.append("No later version was measured before its text was erased.")
         else:
             certified.append(f"Version {version} was in force when this was issued.")
     else:
@@ -682,6 +694,11 @@ def statement(certificate: Mapping[str, Any]) -> list[str]:
             "counted as memorised.",
             f"Version {certificate['current']}, in force when this was issued, is or was made from version {version}.",
         ]
+    if "erased_at" in certificate:
+        certified.append(
+            f"The text, its contact, title and rights holder were erased at {certificate['erased_at']}. Versions made "
+            "since then cannot be measured against the text, and nothing is certified of them."
+        )
     since = certificate["log"].get("since")
     if since is not None:
         certified.append(

@@ -155,7 +155,8 @@ def prepare_step(
         if not parent.exists():
             VersionStore(workspace.versions).restore(plan.parent, parent)
         parent.with_suffix(".restored").touch()
-        earlier = [n for n in excluded(entries_of(workspace), plan.parent) if n not in requests]
+        standing = excluded(entries_of(workspace), plan.parent).items()
+        earlier = [n for n, state in standing if n not in requests and not state.erased]
         after = LEVEL.mean + (0.01 if accepted else 0.5)
         _leave_records(
             run,

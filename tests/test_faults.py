@@ -20,6 +20,7 @@ from histories import array_model, entries_of, make_step, prepare_step, publish,
 from powerloss import Loss, Power, PowerCut
 from workspaces import plain_record, write_batch
 
+from pipeline.erase import erase
 from pipeline.errors import NoSpace, TakedownError
 from pipeline.evidence import all_evidence
 from pipeline.ledger import Ledger
@@ -82,11 +83,16 @@ OPERATIONS: dict[str, Operation] = {
     "rollback": lambda ws: roll_back(ws, 1, "tester", "trial", override=True),
     "purge": lambda ws: purge(ws, 2, "tester", "retention"),
     "repack whole": lambda ws: repack(ws, 1, "tester"),
+    "erase": lambda ws: erase(ws, "B", "tester", "asked for"),
     "rekey": lambda ws: rekey(ws, "tester"),
     "submit": lambda ws: submit(ws, ws.root.parent / "batch-E.json", "tester"),
     "reinstate": lambda ws: reinstate(ws, "A", again=["B"]),
 }
-DONE = {"purge": "no version before it", "reinstate": "was put back in v4 already"}
+DONE = {
+    "purge": "no version before it",
+    "erase": "erased already",
+    "reinstate": "was put back in v4 already",
+}
 """Operations that are repeated though they took effect, to end what they left; what is said where nothing is left."""
 
 
@@ -98,7 +104,9 @@ def _shown(workspace: Workspace) -> tuple[object, ...]:
     numbers = [n for n in store.numbers() if any(e.event.version == n for e in entries)]
     files = tuple((n, store.manifest(n).root, store.manifest(n).files, n in gone) for n in numbers)
     states = tuple((n, s.state, s.version) for n, s in request_states(entries).items())
-    kinds = tuple(e.event.kind for e in entries if e.event.kind not in ("purging", "planned"))  # what is begun only
+    kinds = tuple(
+        e.event.kind for e in entries if e.event.kind not in ("purging", "erasing", "planned")
+    )  # what is begun only
     return current_version(entries), states, files, kinds
 
 
@@ -112,6 +120,7 @@ def _breaks(workspace: Workspace) -> list[str]:
     """Breaks, but for those that say what an interrupted command left and how to end it."""
     interrupted = (
         "a purge was begun and not ended",
+        "its erasure was begun and not ended",
         "not acknowledged: no ledger entry names it",
         "is in the vault, but",
     )
@@ -165,6 +174,8 @@ def test_power_cut_at_every_call(
                 assert found == states[1] and DONE[name] in str(error), error
             assert _shown(left)[:3] == states[1][:3]
             assert verify(left, Depth.DEEP) == []
+        if name == "erase":
+            assert not Vault(left.vault).holds("B")
         if name in ("rekey", "submit") and _shown(left) != states[0]:
             assert not [p.name for p in left.vault.glob("*.json") if b"sealed" not in p.read_bytes()]
             assert not Vault(left.vault).rotating()
