@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from pipeline.context import first_worked_on, forget_spans, model_folder
+from pipeline.discreet import discreet
 from pipeline.errors import StoreDamaged
 from pipeline.evidence import all_evidence, checks_root, decisions, keep
 from pipeline.index import DedupeIndex
@@ -58,14 +59,19 @@ def publish(workspace_root: str, run_id: str, actor: str, reason: str = "") -> P
     store.collect(all_evidence(entries), published_versions(entries))
     version = next((n for n, e in published_versions(entries).items() if e.event.run_id == run_id), None)
     if version is not None:
-        vault = open_vault(workspace)
-        with DedupeIndex.open(workspace.index) as index:
-            for name in forget_spans(run):
-                index.add(name, vault.get(name).text)
-            for name in run.plan.reinstates:
-                index.remove(name)
+        discreet(open_vault(workspace), "publish", lambda: _index(run))
     clean(run.folder)
     return Publication(outcome=OUTCOMES[decisions(entries)[run_id].event.kind], run_id=run_id, version=version)
+
+
+def _index(run: Run) -> None:
+    """Add what was taken out to the fingerprints, and remove what was put back."""
+    vault = open_vault(run.workspace)
+    with DedupeIndex.open(run.workspace.index) as index:
+        for name in forget_spans(run):
+            index.add(name, vault.get(name).text)
+        for name in run.plan.reinstates:
+            index.remove(name)
 
 
 def _events(run: Run, store: VersionStore, actor: str, reason: str) -> list[Event]:

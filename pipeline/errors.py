@@ -86,6 +86,10 @@ class Interrupted(TakedownError):
     exit_code = 3
 
 
+class Withheld(Interrupted):
+    """Something failed whose message quotes a request, and is therefore not shown."""
+
+
 class WorkspaceBusy(Interrupted):
     """Another process is writing to this workspace."""
 

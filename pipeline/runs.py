@@ -15,6 +15,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 import pipeline
+from pipeline.discreet import discreet
 from pipeline.errors import StoreDamaged, UsageError
 from pipeline.files import canonical_json, digest_file, digest_json, explained_space, read_json, write_json
 from pipeline.ledger import Ledger
@@ -84,12 +85,15 @@ class Run:
         """The record of a stage: read if it was computed from the same inputs, else computed and written.
 
         A stage is written whole or not at all, so a killed run picks up after the last finished one.
+
+        Raises:
+            Withheld: Something failed, and said so in words of a request.
         """
         key = digest_json([self.run_id, name, [i.model_dump(mode="json") for i in inputs]])
         saved = self._saved(name)
         if saved is not None and saved.get("key") == key:
             return _parse(self.folder / f"{name}.json", record, saved)
-        result = compute()
+        result = discreet(open_vault(self.workspace), name, compute)
         write_json(self.folder / f"{name}.json", {"key": key, "record": result.model_dump(mode="json")})
         return result
 

@@ -7,76 +7,41 @@ so that other tests do not pay for it.
 from __future__ import annotations
 
 import json
-import os
-import sqlite3
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import prefects
 import pytest
 import workspaces
+from prefects import Prefect, latest_run
 from workspaces import UNSEEN, WORKS, copied, near_copy, new_workspace, take_in, write_batch
 
 from pipeline.ledger import Ledger
 from pipeline.records import Publication
-from pipeline.runs import Run, open_run
+from pipeline.runs import open_run
 from pipeline.states import current_version, request_states
 from pipeline.verify import verify
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import Artifact, FlowRun
+    from prefect.client.schemas.objects import Artifact
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-CANARY = "Quorvantish zemblefrot quiddled the hyxomorphic brandelwick"
-CONTACT = "wexlaphant.canary@nowhere.invalid, +44 20 7946 0958, 12 Mumblethrop Row"
-SECRETS = [CANARY, CONTACT, *CANARY.split()[:2], "hyxomorphic", "wexlaphant", "7946 0958", "Mumblethrop"]
 TASKS = [
     "plan", "reference", "dedupe", "screen", "saliency", "unlearn", "repair", "merge", "evaluate", "gate", "publish",
     "leave_artifacts",
 ]  # fmt: skip
 
 
-class Prefect(NamedTuple):
-    """The running Prefect: the flow, and where it writes."""
-
-    flow: Any
-    home: Path
-    database: Path
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    """A server with a database of its own, logging as much as it can."""
-    home = tmp_path_factory.mktemp("prefect")
-    environment = dict(os.environ)
-    os.environ.update(
-        PREFECT_HOME=str(home),
-        PREFECT_SERVER_ANALYTICS_ENABLED="false",
-        DO_NOT_TRACK="1",
-        PREFECT_LOGGING_LEVEL="DEBUG",
-        PREFECT_SERVER_LOGGING_LEVEL="DEBUG",
-        PREFECT_LOGGING_TO_API_ENABLED="true",
-    )
-    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, get_current_settings, temporary_settings
-    from prefect.testing.utilities import prefect_test_harness
-
-    from flows.takedown import takedown
-
-    with (
-        prefect_test_harness(server_startup_timeout=180),
-        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-    ):
-        url = get_current_settings().server.database.connection_url
-        assert url is not None
-        yield Prefect(takedown, home, Path(url.get_secret_value().split("///", 1)[1]))
-    os.environ.clear()
-    os.environ.update(environment)
+    """The server of this file."""
+    with prefects.running(tmp_path_factory.mktemp("prefect")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -91,29 +56,6 @@ def ws(tmp_path: Path, model: Path) -> Workspace:
     return copied(workspaces.published(model.parent), tmp_path / "ws")
 
 
-def latest_run(last: str) -> tuple[FlowRun, list[tuple[str, str | None]]]:
-    """The newest flow run, with names and states of its task runs, oldest first.
-
-    Prefect writes task runs down behind the flow's back: waits until the task named ``last`` is there, and finished.
-    """
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-    from prefect.client.schemas.sorting import FlowRunSort
-
-    until = time.monotonic() + 30
-    while True:
-        with get_client(sync_client=True) as client:
-            (run,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
-            tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
-        tasks.sort(key=lambda t: str(t.start_time))
-        # A name that was given is followed by the start of an id.
-        found = [(t.name.rsplit("-", 1)[0], t.state_name) for t in tasks]
-        finished = all(t.state is not None and t.state.is_final() for t in tasks)
-        if (finished and found and found[-1][0] == last) or time.monotonic() > until:
-            return run, found
-        time.sleep(0.1)
-
-
 def artifacts() -> list[Artifact]:
     from prefect.client.orchestration import get_client
 
@@ -124,19 +66,6 @@ def artifacts() -> list[Artifact]:
 def entries(workspace: Workspace) -> Any:
     with Ledger.open(workspace.ledger, read_only=True) as ledger:
         return ledger.entries()
-
-
-def stored_by_prefect(prefect: Prefect) -> list[Path | bytes]:
-    """Everything that Prefect has written: its home, and its database with the log behind it."""
-    from prefect.logging.handlers import APILogHandler
-
-    APILogHandler().flush()
-    with closing(sqlite3.connect(prefect.database, timeout=30)) as connection:
-        connection.execute("PRAGMA wal_checkpoint(FULL)")
-    database = prefect.database.read_bytes()
-    wal = prefect.database.with_name(prefect.database.name + "-wal")
-    assert len(database) > 100_000
-    return [prefect.home, database, wal.read_bytes() if wal.exists() else b""]
 
 
 def told(publication: Publication) -> tuple[str, int | None]:
@@ -195,96 +124,6 @@ def test_unknown_request_and_busy_workspace_fail_the_flow(prefect: Prefect, ws: 
         state = prefect.flow(str(ws.root), return_state=True)
     assert state.is_failed() and "is being written to by" in str(state.message)
     assert prefect.flow(str(ws.root)) is None
-
-
-# --- failures, and what they must not show ----------------------------------------------------------------
-
-
-STAGE_NAMES = ["dedupe", "screen", "saliency", "unlearn", "repair", "merge", "evaluate", "gate"]
-
-
-def test_canary_stays_in_the_vault_whatever_stage_fails(
-    prefect: Prefect, fresh: Workspace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    # The canary stands in the middle of a work that the model recites, so that it passes through every stage.
-    words = WORKS["one"].split()
-    text = " ".join([*words[:60], CANARY + ".", *words[60:]])
-    take_in(fresh, "batch", {"A": text, "C": f"{UNSEEN} {CANARY}."}, contact=CONTACT)
-    assert any(CANARY.encode() in p.read_bytes() for p in fresh.vault.iterdir())
-    output = b""
-    plain = Run.stage
-
-    def looked_for() -> list[str]:
-        nonlocal output
-        captured = capfd.readouterr()
-        output += captured.out.encode() + captured.err.encode()
-        return workspaces.leaks(SECRETS, fresh.root, output, *stored_by_prefect(prefect))
-
-    def failing_in(stage: str) -> Callable[..., Any]:
-        def run_stage(self: Run, name: str, record: Any, inputs: Any, compute: Callable[[], Any]) -> Any:
-            def broken() -> Any:
-                found = compute()  # fails with everything computed, and nothing written
-                if name == stage:
-                    raise RuntimeError(f"{name} broke")
-                return found
-
-            return plain(self, name, record, inputs, broken)
-
-        return run_stage
-
-    for failing in STAGE_NAMES:
-        with monkeypatch.context() as patch:
-            patch.setattr(Run, "stage", failing_in(failing))
-            state = prefect.flow(str(fresh.root), return_state=True)
-        assert state.is_failed() and f"{failing} broke" in str(state.message)
-        with writing(fresh):  # the lock is free again
-            pass
-        run, tasks = latest_run(failing)
-        assert run.state_name == "Failed"
-        assert tasks[-1] == (failing, "Failed")
-        assert looked_for() == [], failing
-    # The search does reach what Prefect stores: the harmless message is found.
-    assert workspaces.leaks([f"{STAGE_NAMES[0]} broke"], fresh.root, *stored_by_prefect(prefect))
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "append", full)
-        assert prefect.flow(str(fresh.root), return_state=True).is_failed()
-    assert looked_for() == [], "publish"
-    assert {s.state for s in request_states(entries(fresh)).values()} == {"waiting"}
-
-    # The next run takes up what is finished, and completes.
-    computed: list[str] = []
-
-    def noting(self: Run, name: str, record: Any, inputs: Any, compute: Callable[[], Any]) -> Any:
-        return plain(self, name, record, inputs, lambda: computed.append(name) or compute())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "stage", noting)
-        assert told(prefect.flow(str(fresh.root))) == ("published", 1)
-    assert computed == []
-    assert latest_run("leave_artifacts")[0].state_name == "Completed"
-    assert [e.event.kind for e in entries(fresh)].count("published") == 1
-    assert verify(fresh) == []
-    assert looked_for() == [], "success"
-
-
-def test_error_deep_inside_does_not_carry_a_text_to_prefect(
-    prefect: Prefect, fresh: Workspace, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Damaged vault records: their parsers' exceptions would quote what they parsed."""
-    take_in(fresh, "batch", {"A": f"{WORKS['one']} {CANARY}."}, contact=CONTACT)
-    (path,) = fresh.vault.glob("*.json")
-    good = path.read_bytes()
-    for bad in (good[:-40], good.replace(b'"basis"', b'"bases"'), good.replace(b"copyright", b"copywrong")):
-        path.write_bytes(bad)
-        state = prefect.flow(str(fresh.root), return_state=True)
-        assert state.is_failed() and "is not what was written there" in str(state.message)
-        captured = capfd.readouterr()
-        output = captured.out.encode() + captured.err.encode()
-        assert workspaces.leaks(SECRETS, fresh.root, output, *stored_by_prefect(prefect)) == []
 
 
 # --- the command ------------------------------------------------------------------------------------------
