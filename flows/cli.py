@@ -12,7 +12,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -26,14 +26,18 @@ from flows.reading import reading, state_words, storage_line
 from flows.scanning import scanning
 from flows.terminal import Actor, Json, Reason, err, megabytes, number_of, opened, out, say, show_json, table
 from pipeline.display import plain
-from pipeline.errors import InvalidInput, TakedownError
+from pipeline.errors import TakedownError
 from pipeline.history import read_entries, step_view
+from pipeline.patience import LONGEST_WAIT_S, writing_in_turn
 from pipeline.records import Comparison, Evaluation, Publication
 from pipeline.reinstate import check_reinstatement, unfinished
 from pipeline.requests import Kind, note
 from pipeline.states import current_version, request_states
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
+
+if TYPE_CHECKING:
+    from pipeline.dropfolder import Delivery
 
 app = typer.Typer(
     name="takedown", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
@@ -131,38 +135,51 @@ def run(
     context: typer.Context,
     actor: Actor,
     batch: Annotated[Path | None, typer.Argument(help="A batch to take in and work on now.")] = None,
+    now: Annotated[bool, typer.Option("--now", help="Urgent: wait for a running step, go before others.")] = False,
     as_json: Json = False,
 ) -> None:
     """One step: for a batch now, or for all that waits and lies in the inbox.
 
-    Example: takedown -w ws run 2026-11-acme.json
+    What else waits stays in the queue. Where another process is writing, exit 3; with --now wait for it. A file in the
+    inbox that is no valid batch is set aside into inbox/rejected, with the reason beside it: exit 2, all others are
+    worked on.
+
+    Example: takedown -w ws run 2026-11-acme.json --now
     """
     workspace = opened(context)
     workspace.settings()  # a mistake in takedown.toml is told before anything is taken in
-    with writing(workspace):
-        pass  # so is another writer, before Prefect takes its time to start
-    from pipeline.submit import submit_or_resume, take_inbox
+    from pipeline.dropfolder import Delivery, take_inbox
+    from pipeline.submit import submit_or_resume
 
-    requests, bad_files = None, False
-    if batch is not None:
-        requests = submit_or_resume(workspace, batch, actor)
-    else:
-        try:
-            take_inbox(workspace, actor)
-        except InvalidInput as error:
-            err.print(Text(f"takedown: {plain_lines(str(error))}"), soft_wrap=True)
-            bad_files = True
+    requests, delivery = None, Delivery()
+    wait_s = LONGEST_WAIT_S if now else 0.0
+    # Taken in, and another writer met, before Prefect takes its time to start.
+    with bars(err, "taking in"), writing_in_turn(workspace, wait_s, urgent=now):
+        if batch is not None:
+            requests = submit_or_resume(workspace, batch, actor)
+        else:
+            delivery = take_inbox(workspace, actor)
+    show_delivery(delivery)
     states = request_states(read_entries(workspace)).values()
     if requests == [] or not any(s.to_do for s in states):
         idle = "Nothing waits." if batch is None else "Every request of this batch is answered; see takedown status."
         show_json({"outcome": "idle"}) if as_json else say(idle)
     else:
-        run_step(workspace, requests, actor, as_json)
-    if bad_files:
+        run_step(workspace, requests, actor, as_json, wait_s)
+    if delivery.rejected:
         raise typer.Exit(2)
 
 
-def run_step(workspace: Workspace, requests: list[str] | None, actor: str, as_json: bool) -> None:
+def show_delivery(delivery: Delivery) -> None:
+    """Say what of the drop folder was not taken in."""
+    for file in delivery.rejected:
+        reasons = "\n  ".join(map(str, file.problems))
+        err.print(Text(plain_lines(f"takedown: inbox/rejected/{file.name}: set aside\n  {reasons}")), soft_wrap=True)
+    for name in delivery.arriving:
+        err.print(Text(plain_lines(f"takedown: inbox/{name}: is still being written; the next run takes it")))
+
+
+def run_step(workspace: Workspace, requests: list[str] | None, actor: str, as_json: bool, wait_s: float) -> None:
     """Run the flow and show what came of it.
 
     Raises:
@@ -175,7 +192,7 @@ def run_step(workspace: Workspace, requests: list[str] | None, actor: str, as_js
     with bars(err, "starting Prefect"):
         from flows.takedown import takedown
 
-        publication = takedown(str(workspace.root), requests, actor)
+        publication = takedown(str(workspace.root), requests, actor, wait_s, urgent=wait_s > 0)
     if publication is None:  # another process answered them in the meantime
         show_json({"outcome": "idle"}) if as_json else say("Nothing waits.")
         return

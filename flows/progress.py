@@ -7,13 +7,15 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from pipeline.patience import STAGE as WAITING
 from pipeline.progress import listening
 
 
 @contextmanager
 def bars(console: Console, waiting_for: str) -> Iterator[Progress]:
-    """Draw a bar for each stage that reports progress.
+    """Draw a bar for each stage that reports progress; who is waited for is said where nothing can be drawn, too.
 
     Args:
         console: Where to draw; standard error, so that output can be piped.
@@ -25,6 +27,9 @@ def bars(console: Console, waiting_for: str) -> Iterator[Progress]:
         known: dict[str, TaskID] = {waiting_for: progress.add_task(waiting_for, total=None, note="")}
 
         def listen(stage: str, done: int, total: int, note: str) -> None:
+            if stage == WAITING:
+                progress.console.print(Text(f"takedown: waiting: {note}"), soft_wrap=True)
+                return
             if waiting_for in known:
                 progress.remove_task(known.pop(waiting_for))
             if stage not in known:

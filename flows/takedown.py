@@ -14,6 +14,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from pipeline import answers, context, stages
+from pipeline.patience import writing_in_turn
 from pipeline.records import Evaluation, Publication
 from pipeline.reinstate import plan_reinstatement as reinstate_plan
 from pipeline.runs import open_run, plan_run
@@ -118,25 +119,38 @@ def leave_artifacts(workspace: str, run_id: str, publication: Publication) -> No
 
 
 @flow(name="takedown", persist_result=False)
-def takedown(workspace: str, requests: list[str] | None = None, actor: str = "scheduled") -> Publication | None:
+def takedown(
+    workspace: str,
+    requests: list[str] | None = None,
+    actor: str = "scheduled",
+    wait_s: float = 0.0,
+    urgent: bool = False,
+) -> Publication | None:
     """Run one takedown step.
 
     Args:
         workspace: Folder of the workspace.
         requests: Ids of the waiting requests to work on; all that wait when left out.
         actor: Who asked for it, for the ledger.
+        wait_s: Longest wait for another writer, in seconds.
+        urgent: Go before everybody who waits and is not urgent.
 
     Returns:
         What became of it; None when nothing waits.
     """
-    with writing(open_workspace(Path(workspace))):
-        run_id = plan(workspace, requests, actor)
-        if run_id is None:
-            return None
-        reference(workspace, run_id)
-        make_candidate(workspace, run_id)
-        publication = publish(workspace, run_id, actor)
-        leave_artifacts(workspace, run_id, publication)
+    with writing_in_turn(open_workspace(Path(workspace)), wait_s, urgent):
+        return step(workspace, requests, actor)
+
+
+def step(workspace: str, requests: list[str] | None, actor: str) -> Publication | None:
+    """The tasks of a step, in a workspace that is locked for writing; see `takedown`."""
+    run_id = plan(workspace, requests, actor)
+    if run_id is None:
+        return None
+    reference(workspace, run_id)
+    make_candidate(workspace, run_id)
+    publication = publish(workspace, run_id, actor)
+    leave_artifacts(workspace, run_id, publication)
     return publication
 
 

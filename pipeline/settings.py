@@ -27,6 +27,9 @@ class IntakeSettings(Section):
     """Longest text of one request; a long novel has about 3 million characters."""
     max_requests: int = Field(10_000, gt=0)
     """Most requests of one batch."""
+    settle_s: float = Field(2.0, ge=0, exclude=True)
+    """A file in the drop folder touched within the last so many seconds is watched for as long before it is taken in.
+    Decides no outcome, so it is not part of a run's identity."""
 
 
 class DedupeSettings(Section):

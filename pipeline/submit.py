@@ -6,10 +6,9 @@ lost, a text outside the vault, or torch.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from pipeline.errors import InvalidInput, Problem
+from pipeline.errors import InvalidInput
 from pipeline.intake import TakedownBatch, read_batch
 from pipeline.ledger import Ledger
 from pipeline.records import Event, TakedownRequest
@@ -39,21 +38,30 @@ def submit(workspace: Workspace, path: Path, actor: str) -> TakedownBatch:
         WorkspaceBusy: Another process is writing.
     """
     with writing(workspace):
-        batch = check_batch(workspace, path)
-        vault = open_vault(workspace)
-        vault.create()  # what it has it keeps; a vault of a release before encryption gets its master key here,
-        vault.seal_plain()  # and no text stays readable in a vault that is written to
-        for request in batch.requests:
-            # A record the ledger does not know is the rest of a submit that died; it was never acknowledged.
-            vault.put(request, replace=True)
-        events = [
-            Event(kind="received", actor=actor, request_id=r.request_id, data={
-                "batch_id": batch.batch_id, "received_at": batch.received_at.isoformat(),
-                "commitment": vault.commitment(r.text), "record": vault.record_commitment(r)})
-            for r in batch.requests
-        ]  # fmt: skip
-        with Ledger.open(workspace.ledger) as ledger:
-            ledger.append(*events)
+        return take_in(workspace, path, actor)
+
+
+def take_in(workspace: Workspace, path: Path, actor: str) -> TakedownBatch:
+    """What `submit` does, in a workspace that is locked for writing already.
+
+    Raises:
+        InvalidInput: With every problem; nothing was changed.
+    """
+    batch = check_batch(workspace, path)
+    vault = open_vault(workspace)
+    vault.create()  # what it has it keeps; a vault of a release before encryption gets its master key here,
+    vault.seal_plain()  # and no text stays readable in a vault that is written to
+    for request in batch.requests:
+        # A record the ledger does not know is the rest of a submit that died; it was never acknowledged.
+        vault.put(request, replace=True)
+    events = [
+        Event(kind="received", actor=actor, request_id=r.request_id, data={
+            "batch_id": batch.batch_id, "received_at": batch.received_at.isoformat(),
+            "commitment": vault.commitment(r.text), "record": vault.record_commitment(r)})
+        for r in batch.requests
+    ]  # fmt: skip
+    with Ledger.open(workspace.ledger) as ledger:
+        ledger.append(*events)
     return batch
 
 
@@ -79,56 +87,20 @@ def taken_in(workspace: Workspace, path: Path) -> TakedownBatch | None:
 
 
 def submit_or_resume(workspace: Workspace, path: Path, actor: str) -> list[str]:
-    """Submit a batch, or find again the one that an interrupted call of the same command took in.
+    """Take a batch in, or find again the one that an interrupted call of the same command took in.
+
+    Args:
+        workspace: The workspace, locked for writing.
+        path: The batch file.
+        actor: Who asked for it, for the ledger.
 
     Returns:
         Ids of its requests that wait.
 
     Raises:
         InvalidInput: With every problem; nothing was changed.
-        WorkspaceBusy: Another process is writing.
     """
-    batch = taken_in(workspace, path) or submit(workspace, path, actor)
+    batch = taken_in(workspace, path) or take_in(workspace, path, actor)
     with Ledger.open(workspace.ledger, read_only=True) as ledger:
         states = request_states(ledger.entries())
     return [r.request_id for r in batch.requests if states[r.request_id].to_do]
-
-
-def take_inbox(workspace: Workspace, actor: str) -> list[str]:
-    """Submit every batch file that lies in the drop folder, oldest name first, and remove what was taken in.
-
-    The text files of a batch go with it, unless another batch in the folder names them, too: no text stays outside the
-    vault.
-
-    Returns:
-        The ids of the batches taken in.
-
-    Raises:
-        InvalidInput: Files are no valid batches; they stay where they are, all others were taken in.
-    """
-    taken, problems = [], list[Problem]()
-    waiting = sorted(workspace.inbox.glob("*.json"))
-    for path in waiting:
-        # A process that died behind the ledger left the file here; it was acknowledged and is not new.
-        try:
-            batch = taken_in(workspace, path) or submit(workspace, path, actor)
-        except InvalidInput as error:
-            problems += error.problems  # one bad file must not hold up the others
-            continue
-        needed = {text for other in waiting if other != path and other.exists() for text in _text_files(other)}
-        for text in _text_files(path) - needed:
-            text.unlink(missing_ok=True)
-        path.unlink()
-        taken.append(batch.batch_id)
-    if problems:
-        raise InvalidInput(problems)
-    return taken
-
-
-def _text_files(path: Path) -> set[Path]:
-    """The text files that a batch file names, as far as it can be read."""
-    try:
-        requests = json.loads(path.read_bytes())["requests"]
-        return {path.parent / r["text_file"] for r in requests if r.get("text_file")}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return set()

@@ -129,9 +129,9 @@ def writing(workspace: Workspace) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            holder = os.pread(fd, 4096, 0).decode(errors="replace") or "another process"
             raise WorkspaceBusy(
-                f"{workspace.root}: is being written to by {holder}. Nothing was changed; try again when it is done."
+                f"{workspace.root}: is being written to by {_holder(os.pread(fd, 4096, 0))}. Nothing was changed; try "
+                "again when it is done."
             ) from None
         os.ftruncate(fd, 0)
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat()}
@@ -140,3 +140,12 @@ def writing(workspace: Workspace) -> Iterator[None]:
         renew(workspace.root)
     finally:
         os.close(fd)
+
+
+def _holder(noted: bytes) -> str:
+    """What the holder of the lock noted in it, in words; it may not have come to that yet."""
+    try:
+        who = json.loads(noted)
+        return f"process {who['pid']} on {who['host']} since {who['since']}"
+    except (ValueError, LookupError, TypeError):
+        return "another process"

@@ -23,11 +23,9 @@ import workspaces
 from workspaces import UNSEEN, WORKS, copied, write_batch
 
 from flows import cli, reading
-from pipeline import submit as submit_module
-from pipeline.errors import InvalidInput
 from pipeline.ledger import Ledger
 from pipeline.states import request_states
-from pipeline.submit import submit_or_resume, take_inbox
+from pipeline.submit import submit_or_resume
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
 
@@ -763,37 +761,6 @@ def test_interrupt_says_that_nothing_is_lost(
 # --- what a killed process leaves -------------------------------------------------------------------------
 
 
-def test_inbox_is_taken_in_oldest_name_first(ws: Workspace) -> None:
-    for name, texts in (("b", {"B-1": WORKS["two"]}), ("a", {"A-1": UNSEEN})):
-        write_batch(ws.inbox, name, texts)
-    assert take_inbox(ws, "nightly") == ["a", "b"]
-    assert not list(ws.inbox.iterdir())
-    assert take_inbox(ws, "nightly") == []
-
-
-def test_batch_in_the_inbox_that_was_taken_in_before_a_crash_is_not_in_the_way(
-    ws: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_batch(ws.inbox, "a", {"A-1": UNSEEN})
-    content = path.read_bytes()
-    assert take_inbox(ws, "nightly") == ["a"]
-    path.write_bytes(content)  # as it lies there when the process dies between the ledger and the removal
-    monkeypatch.setattr(submit_module, "submit", None)
-    assert take_inbox(ws, "nightly") == ["a"]
-    assert not path.exists()
-    with Ledger.open(ws.ledger, read_only=True) as ledger:
-        assert [e.event.request_id for e in ledger.entries()].count("A-1") == 1
-
-
-def test_other_batch_under_a_known_id_is_refused(ws: Workspace) -> None:
-    from pipeline.errors import InvalidInput
-
-    write_batch(ws.inbox, "batch-1", {"A": WORKS["two"]})
-    with pytest.raises(InvalidInput, match="was already taken in"):
-        take_inbox(ws, "nightly")
-    assert (ws.inbox / "batch-1.json").exists()
-
-
 def test_run_of_the_same_batch_resumes(ws: Workspace, batch: Path, tmp_path: Path) -> None:
     assert submit_or_resume(ws, batch, "legal") == ["D", "F"]
     assert submit_or_resume(ws, batch, "legal") == ["D", "F"]
@@ -819,26 +786,3 @@ def test_the_installed_command_runs_a_step(ws: Workspace, batch: Path, tmp_path:
     assert list((ws.root / "prefect").glob("*.db*"))
     sentences = [s.strip() for text in (WORKS["two"], UNSEEN) for s in text.split(".") if s.strip()]
     assert workspaces.leaks(sentences, ws.root, done.stdout.encode() + done.stderr.encode()) == []
-
-
-def test_text_files_in_the_inbox_go_with_their_batch(ws: Workspace) -> None:
-    """What was taken in must not stay outside the vault; a text that another batch needs stays until then."""
-    (ws.inbox / "shared.txt").write_text(UNSEEN)
-    (ws.inbox / "own.txt").write_text(UNSEEN)
-    entry = {"title": "t", "rights_holder": "r", "basis": "copyright"}
-    for name, files in (("a", ["shared.txt", "own.txt"]), ("b", ["shared.txt"])):
-        requests = [{"request_id": f"{name}-{i}", "text_file": file, **entry} for i, file in enumerate(files)]
-        batch = {"batch_id": name, "received_at": "2026-11-23T09:00:00Z", "requests": requests}
-        (ws.inbox / f"{name}.json").write_text(json.dumps(batch))
-    assert take_inbox(ws, "nightly") == ["a", "b"]
-    assert not list(ws.inbox.iterdir())
-
-
-def test_a_bad_file_in_the_inbox_does_not_hold_up_the_others(ws: Workspace) -> None:
-    (ws.inbox / "0-bad.json").write_text("{")
-    write_batch(ws.inbox, "good", {"G-1": UNSEEN})
-    with pytest.raises(InvalidInput, match="0-bad"):
-        take_inbox(ws, "nightly")
-    assert [p.name for p in ws.inbox.iterdir()] == ["0-bad.json"]
-    with Ledger.open(ws.ledger, read_only=True) as ledger:
-        assert request_states(ledger.entries())["G-1"].state == "waiting"

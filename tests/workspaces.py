@@ -66,6 +66,7 @@ UNSEEN = draw_text("unseen", 70)
 """Never seen, and asked to be taken down nevertheless."""
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "intake": {"settle_s": 0.0},
     "passages": {"prompt_tokens": 16, "continuation_tokens": 16, "first_prompt_tokens": 8},
     "unlearn": {
         "saliency_k": 1.0,

@@ -1,0 +1,92 @@
+"""Wait for a workspace's write lock, in turn: who is urgent goes first, and nobody interrupts a running step.
+
+In: a workspace. Out: the lock of `pipeline.workspace.writing`. Never: a queue on disk that a dead process could block;
+that somebody urgent is waiting is a kernel lock, too, and ends with its process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from pipeline.errors import WorkspaceBusy
+from pipeline.progress import tell
+from pipeline.workspace import Workspace, writing
+
+POLL_S = 0.5
+"""Seconds between two tries; a step takes minutes."""
+
+LONGEST_WAIT_S = 7 * 86400.0
+"""Longest wait of somebody urgent: as good as for ever, and a number in JSON."""
+
+STAGE = "waiting"
+"""Under this name `pipeline.progress` tells who is waited for."""
+
+
+@contextmanager
+def writing_in_turn(workspace: Workspace, wait_s: float, urgent: bool = False) -> Iterator[None]:
+    """Hold the workspace's write lock, after waiting for it where somebody else has it.
+
+    Args:
+        workspace: The workspace.
+        wait_s: Longest wait in seconds; 0 does not wait.
+        urgent: Go before everybody who waits and is not urgent.
+
+    Raises:
+        WorkspaceBusy: Another process holds it still; says which and since when.
+    """
+    with ExitStack() as held:
+        with ExitStack() as turn:
+            if urgent:
+                turn.enter_context(_standing_first(workspace))
+            _wait(workspace, wait_s, urgent, held)
+        yield
+
+
+def _wait(workspace: Workspace, wait_s: float, urgent: bool, held: ExitStack) -> None:
+    until, told = time.monotonic() + wait_s, ""
+    while True:
+        try:
+            if not urgent and wait_s and _somebody_first(workspace):
+                raise WorkspaceBusy(
+                    f"{workspace.root}: an urgent run goes first. Nothing was changed; try again when it is done."
+                )
+            held.enter_context(writing(workspace))
+            return
+        except WorkspaceBusy as busy:
+            if time.monotonic() >= until:
+                raise
+            if str(busy) != told:
+                told = str(busy)
+                tell(STAGE, 0, 0, told.partition(" Nothing was changed")[0])
+        time.sleep(POLL_S)
+
+
+@contextmanager
+def _standing_first(workspace: Workspace) -> Iterator[None]:
+    """Be seen as urgent; any number of processes at a time."""
+    fd = _open(workspace)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _somebody_first(workspace: Workspace) -> bool:
+    """Whether somebody urgent is waiting."""
+    fd = _open(workspace)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _open(workspace: Workspace) -> int:
+    return os.open(workspace.root / ".urgent", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
