@@ -6,32 +6,32 @@ Exit 0 fine · 1 the evidence or the gate says no · 2 wrong use · 3 interrupte
 from __future__ import annotations
 
 import logging
-import math
 import os
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 import pipeline
+from flows.approving import approving, show_waiting
 from flows.keeping import keeping
 from flows.overlaps import show_overlaps
 from flows.progress import bars
 from flows.reading import reading, state_words, storage_line
 from flows.scanning import scanning
+from flows.scores import score_table
 from flows.terminal import Actor, Json, Reason, err, megabytes, number_of, opened, out, say, show_json, table
+from pipeline.approval import waiting
 from pipeline.display import plain
 from pipeline.errors import TakedownError
 from pipeline.history import read_entries, step_view
 from pipeline.patience import LONGEST_WAIT_S, writing_in_turn
-from pipeline.records import Comparison, Evaluation, Publication
+from pipeline.records import Publication
 from pipeline.reinstate import check_reinstatement, unfinished
 from pipeline.requests import Kind, note
+from pipeline.runs import AWAITING
 from pipeline.states import current_version, request_states
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
@@ -45,7 +45,6 @@ app = typer.Typer(
     "Example: takedown -w ws init --model ./my-model --retain ./retain; takedown -w ws run batch.json; "
     "takedown -w ws checkout v1 ./served",
 )  # fmt: skip
-GROUPS = {"earlier": "earlier requests", "kept": "kept works", "held-out": "held-out texts"}
 
 INTERRUPTED_BY_USER = 130
 """Typer's exit code for Ctrl-C, as shells have it."""
@@ -72,6 +71,7 @@ def choose(
 app.add_typer(reading)
 app.add_typer(scanning)
 app.add_typer(keeping)
+app.add_typer(approving)
 
 
 # --- writing verbs ----------------------------------------------------------------------------------------
@@ -205,6 +205,10 @@ def show_outcome(workspace: Workspace, publication: Publication, as_json: bool) 
     Raises:
         typer.Exit: With 1, when the gate refused.
     """
+    if publication.outcome == AWAITING:
+        (found,) = (w for w in waiting(workspace, read_entries(workspace)) if w.run_id == publication.run_id)
+        show_json({"run": publication.run_id, **publication.model_dump()}) if as_json else show_waiting(found)
+        return
     view = step_view(workspace, publication.run_id, read_entries(workspace))
     if as_json:
         show_json({"run": publication.run_id, **publication.model_dump(), "step": view})
@@ -257,42 +261,6 @@ def show_step(workspace: Workspace, view: Any) -> None:
     else:
         what = "nothing was put back" if view.left_out else "the requests keep waiting"
         say(f"v{view.parent} stays current; {what}. Change takedown.toml and run again.")
-
-
-def score_table(evaluation: Evaluation, answers: Mapping[str, str]) -> Table:
-    """Before → after: a row for each request of the batch, then the means of earlier, kept and held-out texts.
-
-    Args:
-        evaluation: What was measured.
-        answers: State of each request, shown beside its id.
-    """
-    groups: dict[str, list[Comparison]] = {}
-    for c in evaluation.comparisons:
-        groups.setdefault(c.role if c.role in GROUPS else c.name, []).append(c)
-    rows = [
-        (
-            f"{GROUPS[key]} ({len(found)})" if key in GROUPS else f"{key} {answers.get(key, '')}",
-            change(found, "rouge_l"),
-            change(found, "exact_memorisation"),
-            change(found, "extraction_strength"),
-            change(found, "nll"),
-        )
-        for key, found in groups.items()
-    ]
-    level = evaluation.level
-    title = f"Before → after (never-seen level: EM {level.mean:.3f} ± {level.std:.3f}, {level.source})"
-    return table(title, ("text", "ROUGE-L", "EM", "ES", "perplexity"), rows)
-
-
-def change(found: Sequence[Comparison], field: str) -> str:
-    """Mean of a score before and after, in as few characters as can be read; NLL is shown as perplexity."""
-    pairs = [(getattr(c.before, field), getattr(c.after, field)) for c in found]
-    if any(value is None for pair in pairs for value in pair):
-        return ""
-    means = [statistics.fmean(column) for column in zip(*pairs, strict=True)]
-    if field == "nll":
-        return "→".join(f"{math.exp(min(m, 700)):.1f}" for m in means)
-    return "→".join(f"{m:.3f}" for m in means)
 
 
 # --- versions ---------------------------------------------------------------------------------------------

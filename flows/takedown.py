@@ -13,11 +13,11 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from pipeline import answers, context, stages
+from pipeline import answers, approval, context, stages
 from pipeline.patience import writing_in_turn
 from pipeline.records import Evaluation, Publication
 from pipeline.reinstate import plan_reinstatement as reinstate_plan
-from pipeline.runs import open_run, plan_run
+from pipeline.runs import AWAITING, open_run, plan_run
 from pipeline.workspace import open_workspace, writing
 
 OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -98,6 +98,12 @@ def gate(workspace: str, run_id: str) -> bool:
 
 
 @task(**OPTIONS)
+def ask_for_approval(workspace: str, run_id: str, actor: str, reason: str) -> bool:
+    """Hold what the gate accepted where settings want somebody to approve it."""
+    return approval.hold(workspace, run_id, actor, reason)
+
+
+@task(**OPTIONS)
 def publish(workspace: str, run_id: str, actor: str, reason: str = "") -> Publication:
     """Publish and record. An ordinary task, because Prefect swallows exceptions in commit hooks."""
     return answers.publish(workspace, run_id, actor, reason)
@@ -149,7 +155,15 @@ def step(workspace: str, requests: list[str] | None, actor: str) -> Publication 
         return None
     reference(workspace, run_id)
     make_candidate(workspace, run_id)
-    publication = publish(workspace, run_id, actor)
+    return finish(workspace, run_id, actor)
+
+
+def finish(workspace: str, run_id: str, actor: str, reason: str = "") -> Publication:
+    """The end of a run whose stages are done: published, refused, answered, or held until somebody approves it."""
+    if ask_for_approval(workspace, run_id, actor, reason):
+        publication = Publication(outcome=AWAITING, run_id=run_id)
+    else:
+        publication = publish(workspace, run_id, actor, reason)
     leave_artifacts(workspace, run_id, publication)
     return publication
 
@@ -174,9 +188,7 @@ def reinstate(workspace: str, requests: list[str], actor: str, reason: str) -> P
         reference(workspace, run_id)
         leave_out(workspace, run_id)
         make_candidate(workspace, run_id)
-        publication = publish(workspace, run_id, actor, reason)
-        leave_artifacts(workspace, run_id, publication)
-    return publication
+        return finish(workspace, run_id, actor, reason)
 
 
 def make_candidate(workspace: str, run_id: str) -> None:

@@ -37,7 +37,7 @@ OUTCOMES = {"answered": "nothing", "accepted": "published", "refused": "refused"
 """What became of a run, by the event that decided it."""
 
 
-def publish(workspace_root: str, run_id: str, actor: str, reason: str = "") -> Publication:
+def publish(workspace_root: str, run_id: str, actor: str, reason: str = "", refusal: str = "") -> Publication:
     """Publish what the gate accepted and write the answer of every request, in one ledger transaction.
 
     Args:
@@ -45,13 +45,14 @@ def publish(workspace_root: str, run_id: str, actor: str, reason: str = "") -> P
         run_id: The run; its stages are done.
         actor: Who asked for it.
         reason: Why texts are put back; only for a reinstatement.
+        refusal: Why the actor refuses what the gate accepted; empty where nobody does.
     """
     run = open_run(workspace_root, run_id)
     workspace, store = run.workspace, VersionStore(run.workspace.versions)
     with Ledger.open(workspace.ledger) as ledger:  # renews the checkpoint beside it, where that was interrupted
         entries = ledger.entries()
     if run_id not in decisions(entries):  # a run that was resumed after its answer answers once, and publishes once
-        events = _events(run, store, actor, reason)
+        events = _events(run, store, actor, reason, refusal)
         with Ledger.open(workspace.ledger) as ledger:
             ledger.append(*events)
             entries = ledger.entries()
@@ -74,11 +75,13 @@ def _index(run: Run) -> None:
             index.remove(name)
 
 
-def _events(run: Run, store: VersionStore, actor: str, reason: str) -> list[Event]:
+def _events(run: Run, store: VersionStore, actor: str, reason: str, refusal: str) -> list[Event]:
     """What the ledger is to say of a run: its outcome, its version where it has one, and every answer."""
     deduped, screened = run.finished("dedupe", DedupeReport), run.finished("screen", ScreenReport)
     spans = forget_spans(run)
     verdict = run.finished("gate", Verdict) if spans or run.plan.left_out else None
+    if verdict is not None and refusal:
+        verdict = verdict.model_copy(update={"accepted": False, "reasons": (*verdict.reasons, refusal)})
     events = [_outcome(run, actor, verdict, keep(run, store.objects))]
     version = None
     if verdict is not None and verdict.accepted:

@@ -137,6 +137,8 @@ class GateDecision(Record):
         checks: Root over everything that was measured in the run.
         reasons: Limits broken: none.
         unchecked: Limits that could not be checked.
+        approved_at: When somebody approved it; left out of the JSON, with the next, where nobody was asked.
+        approved_by: Who.
     """
 
     accepted_at: str
@@ -144,6 +146,8 @@ class GateDecision(Record):
     checks: str
     reasons: tuple[str, ...]
     unchecked: tuple[str, ...]
+    approved_at: str | None = None
+    approved_by: str | None = None
 
 
 class ProvenCheck(Record):
@@ -263,4 +267,6 @@ class Certificate(Record):
             del tree["erased_at"]
         if self.request.record is None:
             del tree["request"]["record"]
+        if self.gate is not None and self.gate.approved_at is None:
+            del tree["gate"]["approved_at"], tree["gate"]["approved_by"]
         return tree

@@ -6,6 +6,7 @@ In: an opened run. Out: tensors and passages, in memory only. Never: a text writ
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +27,7 @@ from pipeline.models import (
 from pipeline.passages import Passage, cut, encode, pad_id, passages_of
 from pipeline.records import (
     DedupeReport,
+    LedgerEntry,
     PassageSpan,
     Reference,
     ScreenReport,
@@ -45,8 +47,12 @@ from pipeline.states import (
 from pipeline.undo import memorised_in
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
+from pipeline.workspace import Workspace
 
 T = TypeVar("T")
+
+LOADING = threading.Lock()
+"""Held while a model is loaded: two threads that load at once disturb each other inside transformers."""
 
 
 def model_folder(run: Run, version: int) -> Path:
@@ -68,8 +74,13 @@ def model_folder(run: Run, version: int) -> Path:
 
 def parent_model(run: Run) -> tuple[nn.Module, object]:
     """The version in force and its tokenizer."""
-    folder = model_folder(run, run.plan.parent)
-    return shared_model(folder, run.settings.runtime.device), load_tokenizer(folder)
+    return loaded(model_folder(run, run.plan.parent), run.settings.runtime.device)
+
+
+def loaded(folder: Path, device: str) -> tuple[nn.Module, object]:
+    """A model and its tokenizer, which stay loaded; from any thread."""
+    with LOADING:
+        return shared_model(folder, device), load_tokenizer(folder)
 
 
 def start_folder(run: Run) -> Path:
@@ -79,8 +90,7 @@ def start_folder(run: Run) -> Path:
 
 def start_model(run: Run) -> tuple[nn.Module, object]:
     """What the step starts from, and its tokenizer."""
-    folder = start_folder(run)
-    return shared_model(folder, run.settings.runtime.device), load_tokenizer(folder)
+    return loaded(start_folder(run), run.settings.runtime.device)
 
 
 def passages_at(
@@ -144,10 +154,15 @@ def scores_before(run: Run) -> dict[str, TextScore]:
 def forgotten_spans(run: Run) -> dict[str, list[PassageSpan]]:
     """Every passage that the parent or a version before it was made to forget, by request."""
     with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
-        known = published_versions(ledger.entries())
-    store, spans = VersionStore(run.workspace.versions, known), dict[str, set[tuple[int, int, int]]]()
-    for version in ancestry(known, run.plan.parent):
-        for name, rows in memorised_in(store.manifest(version)).items():
+        return spans_up_to(run.workspace, ledger.entries(), run.plan.parent)
+
+
+def spans_up_to(workspace: Workspace, entries: Sequence[LedgerEntry], version: int) -> dict[str, list[PassageSpan]]:
+    """Every passage that a version or one that it was made from was made to forget, by request."""
+    known, spans = published_versions(entries), dict[str, set[tuple[int, int, int]]]()
+    store = VersionStore(workspace.versions, known)
+    for number in ancestry(known, version):
+        for name, rows in memorised_in(store.manifest(number)).items():
             spans.setdefault(name, set()).update((a, b, c) for a, b, c in rows)
     return {
         name: [PassageSpan(request_id=name, prompt_start=a, start=b, end=c) for a, b, c in sorted(rows)]

@@ -107,7 +107,7 @@ def step_view(workspace: Workspace, run_id: str, entries: Sequence[LedgerEntry])
         vectors=tuple(s.vector for s in steps),
         calibrations=tuple(s.calibration for s in steps),
         evaluation=needed("evaluate", Evaluation) if trained else None,
-        verdict=needed("gate", Verdict) if trained else None,
+        verdict=_decided(entry, needed("gate", Verdict)) if trained else None,
         limits=plan.settings.gate,
     )
 
@@ -121,6 +121,14 @@ def decision_of(workspace: Workspace, state: RequestState, entries: Sequence[Led
     entry = decisions(entries).get(str(state.run_id))
     found = recall(VersionStore(workspace.versions).objects, entry, "dedupe", DedupeReport) if entry else None
     return next((d for d in found.decisions if d.request_id == state.request_id), None) if found else None
+
+
+def _decided(entry: LedgerEntry, verdict: Verdict) -> Verdict:
+    """The verdict as the ledger has it: somebody may have refused what the gate accepted."""
+    reasons = entry.event.data.get("reasons")
+    if entry.event.kind != "refused" or not verdict.accepted or not isinstance(reasons, list):
+        return verdict
+    return verdict.model_copy(update={"accepted": False, "reasons": tuple(map(str, reasons))})
 
 
 def _version_of(run_id: str, entries: Sequence[LedgerEntry]) -> int | None:

@@ -381,7 +381,8 @@ class Publication(Record):
     """What became of a run.
 
     Attributes:
-        outcome: ``published``, ``refused``, or ``nothing`` when no request needed a new version.
+        outcome: ``published``, ``refused``, ``nothing`` when no request needed a new version, or
+            ``awaiting-approval`` when somebody must decide first.
         version: The version published.
         run_id: The run.
     """

@@ -31,6 +31,8 @@ STATES = {
 EVENTS = {
     "received": "received",
     "planned": "run planned",
+    "awaiting-approval": "waiting for approval",
+    "approved": "approved",
     "repeat": "answered: covered by an earlier takedown",
     "folded": "answered: near-copy of another request",
     "empty": "answered: no text left after normalisation",

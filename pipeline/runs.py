@@ -19,15 +19,18 @@ from pipeline.discreet import discreet
 from pipeline.errors import StoreDamaged, UsageError
 from pipeline.files import canonical_json, digest_file, digest_json, explained_space, read_json, write_json
 from pipeline.ledger import Ledger
-from pipeline.records import Event, Record
+from pipeline.records import Event, LedgerEntry, Record
 from pipeline.references import KINDS
 from pipeline.settings import Settings
-from pipeline.states import in_force, published_versions, request_states
+from pipeline.states import RELEASED, in_force, published_versions, request_states
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, open_workspace
 
 R = TypeVar("R", bound=Record)
+
+AWAITING = "awaiting-approval"
+"""Event of a run that the gate accepted and that nobody has decided on yet."""
 
 DAMAGED_RUN = "Delete the run's folder; it is computed again."
 
@@ -137,10 +140,20 @@ def plan_run(workspace: Workspace, requests: Sequence[str] | None = None, actor:
         The plan, or None when nothing waits.
 
     Raises:
-        UsageError: A request is unknown, decided or on hold.
+        UsageError: A request is unknown, decided or on hold, or another run that has it waits for approval.
     """
     with Ledger.open(workspace.ledger) as ledger:
         entries = ledger.entries()
+        held = [plan for plan in undecided(workspace, entries) if not plan.reinstates]
+        if held and requests is None:
+            return held[0]  # another step from the same parent would outdate it
+        for plan in held:
+            shared = sorted(set(requests or ()) & set(plan.requests))
+            if shared and set(requests or ()) != set(plan.requests):
+                raise UsageError(
+                    f"{plan.run_id}, which waits for approval, works on {', '.join(shared)}. Decide on it first with "
+                    "`takedown approve` or `takedown refuse`."
+                )
         states = request_states(entries)
         waiting = {i: s for i, s in states.items() if s.to_do}
         chosen = sorted(waiting if requests is None else requests)
@@ -183,14 +196,42 @@ def begin(
     folder = workspace.runs / plan.run_id
     with explained_space(folder):
         workspace.runs.mkdir(exist_ok=True)  # an empty folder does not survive every copy of a workspace
+        kept = {folder, *(workspace.runs / other.run_id for other in undecided(workspace, entries))}
         for other in workspace.runs.iterdir():
-            if other != folder:  # decided, its records are evidence in the store; or abandoned for other settings
+            if other not in kept:  # decided, its records are evidence in the store; or abandoned for other settings
                 shutil.rmtree(other)
         folder.mkdir(exist_ok=True)
         write_json(folder / "plan.json", plan.model_dump(mode="json"))
     if not any(e.event.kind == "planned" and e.event.run_id == plan.run_id for e in entries):
         ledger.append(_planned(plan, actor))
     return plan
+
+
+def undecided(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[Plan]:
+    """The plans of runs that wait for approval, or have it and are not published yet, oldest first.
+
+    Not those that were overtaken, see `outdated`, or whose folder is gone: they are computed anew.
+    """
+    decided = {e.event.run_id for e in entries if e.event.kind in ("accepted", "refused") and not e.event.request_id}
+    asked = [e.event.run_id for e in entries if e.event.kind == AWAITING and e.event.run_id not in decided]
+    there = [str(run_id) for run_id in asked if (workspace.runs / str(run_id) / "plan.json").is_file()]
+    plans = [open_run(workspace.root, run_id).plan for run_id in there]
+    return [plan for plan in plans if outdated(entries, plan) is None]
+
+
+def outdated(entries: Sequence[LedgerEntry], plan: Plan) -> str | None:
+    """Why a plan does not fit what is on record any more; None while it does."""
+    current, since = in_force(entries)
+    if (current, since) != (plan.parent, plan.since):
+        return f"v{current} was put in force since it was planned"
+    states = request_states(entries)
+    for name in plan.reinstates:
+        if states[name].state not in RELEASED or states[name].on_hold:
+            return f"{name} is {'on hold' if states[name].on_hold else states[name].state} now"
+    for name in () if plan.reinstates else plan.requests:
+        if not states[name].to_do:
+            return f"{name} is {'on hold' if states[name].on_hold else states[name].state} now"
+    return None
 
 
 def _planned(plan: Plan, actor: str) -> Event:

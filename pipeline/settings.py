@@ -8,8 +8,9 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 from typing import Literal
+from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import InvalidInput, Problem
 
@@ -174,11 +175,57 @@ class RuntimeSettings(Section):
     batch_tokens: int = Field(4096, gt=0)
     """Most tokens, padding included, in one forward pass."""
     seed: int = 0
+    runner: Literal["threads", "dask", "ray"] = Field("threads", exclude=True)
+    """What runs the pieces of stages that map over requests; ``dask`` and ``ray`` need the extra of that name. Changes
+    no byte of a result, so it is not part of a run's identity; nor is the number below."""
+    workers: int = Field(2, ge=1, le=1024, exclude=True)
+    """Pieces that are worked on at the same time; each Dask or Ray worker loads the model for itself."""
+
+
+class Schedule(Section):
+    """When something is run: by a cron expression or at a fixed spacing."""
+
+    cron: str | None = None
+    """Five fields: minute, hour, day, month, weekday."""
+    every_s: float | None = Field(None, ge=1)
+    """Seconds from one run to the next, counted from midnight."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Schedule:
+        if (self.cron is None) == (self.every_s is None):
+            raise ValueError("give either cron or every_s")
+        return self
+
+
+class ServeSettings(Section):
+    """What `takedown serve` runs, and when."""
+
+    scheduled: Schedule = Schedule(cron="0 2 * * *")
+    """A step for all that has arrived."""
+    audit: Schedule = Schedule(cron="0 6 * * *")
+    """The check of everything that is kept, and of every request on the version in force."""
+    time_zone: str = "UTC"
+    """IANA name, e.g. ``Europe/Berlin``; schedules are read in it, and follow its summer time."""
+    port: int = Field(4200, ge=1, le=65535)
+    """Of Prefect's server on 127.0.0.1, where none is configured."""
+    wait_s: float = Field(3600.0, ge=0)
+    """How long a scheduled run waits for another writer before it leaves its work to the next one."""
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (KeyError, ValueError, OSError) as error:
+            raise ValueError("is no time zone known here; names are like Europe/Berlin") from error
+        return name
 
 
 class Settings(Section):
     """The whole tree."""
 
+    approval: Literal["none", "required"] = "none"
+    """``required``: what the gate accepts waits, unpublished, until somebody approves it."""
     intake: IntakeSettings = IntakeSettings()
     dedupe: DedupeSettings = DedupeSettings()
     passages: PassageSettings = PassageSettings()
@@ -191,6 +238,8 @@ class Settings(Section):
     # A path of one machine changes no result: it belongs neither to a run's id nor into what a version is given with.
     vault: VaultSettings = Field(VaultSettings(), exclude=True)
     runtime: RuntimeSettings = RuntimeSettings()
+    serve: ServeSettings = Field(ServeSettings(), exclude=True)
+    """Decides no outcome, so it is not part of a run's identity."""
 
 
 def read_settings(path: Path) -> Settings:

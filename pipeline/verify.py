@@ -24,6 +24,7 @@ from pipeline.notes import Checkpoint, read_checkpoint
 from pipeline.objects import StoredDelta
 from pipeline.oms import check_model_signature
 from pipeline.records import Break, LedgerEntry, VersionManifest
+from pipeline.runs import AWAITING
 from pipeline.seals import check_seal, read_note
 from pipeline.states import (
     OUT,
@@ -461,10 +462,18 @@ def _check_runs(entries: Entries) -> list[Break]:
     What it starts from must have been in force when it was planned.
     """
     breaks, planned, current = [], set[str | None](), None
+    approved = dict[str | None, object]()
     for entry in entries:
         event, where = entry.event, f"ledger entry {entry.seq}"
         if event.kind in (*PUBLISHING, "rolled-back"):
             current = event.version
+        if event.kind == AWAITING:
+            approved[event.run_id] = None
+        elif event.kind == "approved" and event.run_id in approved:
+            approved[event.run_id] = event.data.get("root")
+        elif event.kind == "published" and approved.get(event.run_id, event.data.get("root")) != event.data.get("root"):
+            found = f"v{event.version} was published by {event.run_id}, which waited for approval of its weights"
+            breaks.append(Break(where=where, found=found, means="Nobody approved these weights."))
         if event.kind == "planned":
             planned.add(event.run_id)
             if event.version not in (None, current):

@@ -461,6 +461,7 @@ class Story(NamedTuple):
         gates: The gate's acceptance by version, where the certificate has it.
         plans: The plan by version, likewise.
         erased: Says that the text is gone; None where it is not.
+        approval: Somebody approved the version; None where nobody was asked.
     """
 
     start: Entry
@@ -472,6 +473,7 @@ class Story(NamedTuple):
     gates: dict[int, Entry]
     plans: dict[int, Entry]
     erased: Entry | None
+    approval: Entry | None
 
     @property
     def excluded(self) -> bool:
@@ -513,11 +515,13 @@ def tell(document: Document) -> Story:
         if entry.version is not None and runs:
             gates[entry.version] = document.find("accepted", run_id=entry.run_id)
             plans[entry.version] = document.find("planned", run_id=entry.run_id)
+    asked = any(e.kind == "approved" for e in document.entries.values())
+    approval = document.find("approved", run_id=version.run_id) if asked else None
     gone = "erased_at" in document.tree
     erased = document.find("erased", request_id=request_id) if gone else None
-    story = Story(start, received, planned, decision, version, tuple(path[1:]), gates, plans, erased)
-    used = {e.seq for e in (start, received, planned, decision, *path, *gates.values(), *plans.values())}
-    used |= {erased.seq} if erased is not None else set()
+    story = Story(start, received, planned, decision, version, tuple(path[1:]), gates, plans, erased, approval)
+    rows = (start, received, planned, decision, *path, *gates.values(), *plans.values())
+    used = {e.seq for e in (*rows, *(e for e in (erased, approval) if e is not None))}
     if strangers := sorted(document.entries.keys() - used):
         raise Refused(f"log: entry {strangers[0]} has no part in this certificate: it was exchanged or mixed in.")
     _check_order(story, path)
@@ -533,6 +537,10 @@ def _check_order(story: Story, path: Sequence[Entry]) -> None:
         rows.append((story.planned, story.version, story.decision))
         if story.version.kind != "published" or story.version.run_id != story.decision.run_id:
             raise Refused("log: the version was published by another run than the one that was measured.")
+    if story.approval is not None and _number(story.version) in story.gates:
+        rows.append((story.planned, story.approval, story.gates[_number(story.version)]))
+        if story.approval.data.get("root") != story.version.data.get("root"):
+            raise Refused("log: other weights were approved than the version has.")
     for entry in path:
         number_ = entry.version
         if number_ in story.gates:
@@ -608,6 +616,8 @@ def derive(document: Document, story: Story) -> dict[str, Any]:
             "reasons": gate.data.get("reasons"),
             "unchecked": gate.data.get("unchecked"),
         }
+        if story.approval is not None:
+            expected["gate"] |= {"approved_at": story.approval.at, "approved_by": story.approval.actor}
     else:
         names = ("covered", "exact_memorisation", "memorised", "passages")
         expected["answer"] = {name: data.get(name) for name in names}

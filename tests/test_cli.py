@@ -682,7 +682,7 @@ def test_second_writer_is_sent_away_and_readers_are_not(
     before = snapshot(ws.root)
     for verb in (["submit", batch], ["run", batch]):
         answer = takedown("-w", ws.root, *verb)
-        assert answer.code == 3 and f'"pid": {holder.pid}' in answer.err and "Nothing was changed" in answer.err
+        assert answer.code == 3 and f"by process {holder.pid} on " in answer.err and "Nothing was changed" in answer.err
     for verb in (["status"], ["check", batch], ["verify"]):
         assert takedown("-w", ws.root, *verb).code == 0
     assert snapshot(ws.root) == before

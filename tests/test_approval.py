@@ -1,0 +1,254 @@
+"""Approval: a run waits without a process or a lock, and ends as somebody decides; who that was stays on record."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from histories import array_model, entries_of, prepare_step, publish, start_history
+from workspaces import copied, draw_text, take_in
+
+from flows import cli
+from pipeline import answers, decide
+from pipeline.approval import hold, waiting
+from pipeline.certificate import certify, write_certificate
+from pipeline.errors import StoreDamaged, UsageError
+from pipeline.history import step_view
+from pipeline.ledger import Ledger
+from pipeline.records import Event
+from pipeline.requests import note
+from pipeline.runs import plan_run
+from pipeline.states import current_version, request_states
+from pipeline.verify import verify
+from pipeline.workspace import Workspace, writing
+
+Takedown = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """v1 without A, published before anybody had to approve; a run for B and C waits for approval."""
+    folder = tmp_path_factory.mktemp("approval")
+    workspace = start_history(folder / "ws", array_model(folder / "model"))
+    publish(workspace, prepare_step(workspace, ["A"]))
+    workspace.settings_file.write_text('approval = "required"\n[intake]\nsettle_s = 0.0\n')
+    take_in(workspace, "batch-B", {name: draw_text(name, 30) for name in ("B", "C")})
+    run_id = prepare_step(workspace, ["B", "C"], submit=False)
+    with writing(workspace):
+        assert hold(str(workspace.root), run_id, "nightly")
+    return workspace.root
+
+
+@pytest.fixture
+def ws(made: Path, tmp_path: Path) -> Workspace:
+    return copied(made, tmp_path / "ws")
+
+
+@pytest.fixture
+def run_id(ws: Workspace) -> str:
+    (found,) = waiting(ws, entries_of(ws))
+    return found.run_id
+
+
+def kinds(workspace: Workspace, since: int = 0) -> list[tuple[str, str]]:
+    return [(e.event.kind, e.event.actor) for e in entries_of(workspace)[since:]]
+
+
+def states(workspace: Workspace) -> dict[str, str]:
+    return {name: s.state for name, s in request_states(entries_of(workspace)).items()}
+
+
+def test_run_that_waits_can_be_looked_at_and_changes_nothing(ws: Workspace, run_id: str) -> None:
+    with writing(ws):  # no lock is held
+        assert hold(str(ws.root), run_id, "nightly")  # asked again, on record once
+    (found,) = waiting(ws, entries_of(ws))
+    assert (found.requests, found.parent, found.asked_by) == (("B", "C"), 1, "nightly")
+    assert {c.name for c in found.evaluation.of("this")} == {"B", "C"}
+    assert (Path(found.candidate) / "model.safetensors").is_file()
+    assert kinds(ws).count(("awaiting-approval", "nightly")) == 1
+    assert current_version(entries_of(ws)) == 1 and states(ws) == {"A": "verified", "B": "waiting", "C": "waiting"}
+    assert verify(ws) == []
+
+
+def test_nothing_waits_where_nobody_must_approve_or_the_gate_refused(tmp_path: Path) -> None:
+    workspace = start_history(tmp_path / "ws", array_model(tmp_path / "model"))
+    run_id = prepare_step(workspace, ["A"])
+    assert not hold(str(workspace.root), run_id, "nightly")
+    workspace.settings_file.write_text('approval = "required"\n')
+    run_id = prepare_step(workspace, ["B"], accepted=False)
+    assert not hold(str(workspace.root), run_id, "nightly")
+    assert waiting(workspace, entries_of(workspace)) == []
+
+
+def test_approved_run_is_published_and_says_by_whom(ws: Workspace, run_id: str, tmp_path: Path) -> None:
+    before = len(entries_of(ws))
+    with writing(ws):
+        done = decide.approve(str(ws.root), run_id, "counsel")
+    assert (done.outcome, done.version) == ("published", 2)
+    assert kinds(ws, before)[:3] == [("approved", "counsel"), ("accepted", "nightly"), ("published", "nightly")]
+    assert states(ws) == dict.fromkeys("ABC", "verified")
+    assert waiting(ws, entries_of(ws)) == [] and verify(ws) == []
+    with writing(ws), pytest.raises(UsageError, match="was decided on by nightly"):
+        decide.approve(str(ws.root), run_id, "counsel")
+
+    certificate = certify(ws, "B")
+    assert certificate.gate is not None and certificate.gate.approved_by == "counsel"
+    assert "approved_by" not in certify(ws, "A").as_json()["gate"]
+    for name in ("A", "B"):
+        folder = tmp_path / f"certificate-{name}"
+        write_certificate(ws, name, folder)
+        check = subprocess.run(
+            [sys.executable, "-I", folder / "verify_bundle.py", folder], capture_output=True, text=True, check=False
+        )
+        assert check.returncode == 0, check.stdout
+    assert "by counsel" in (tmp_path / "certificate-B" / "certificate.html").read_text()
+    path = tmp_path / "certificate-B" / "certificate.json"
+    path.write_text(path.read_text().replace('"approved_by":"counsel"', '"approved_by":"nobody!"'))
+    check = subprocess.run(
+        [sys.executable, "-I", path.with_name("verify_bundle.py"), path.parent], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert check.returncode == 1 and "approved_by" in check.stdout
+
+
+def test_approval_that_was_killed_is_finished_by_the_same_call_or_the_next_run(
+    ws: Workspace, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, writing(ws):
+        patch.setattr(answers, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            decide.approve(str(ws.root), run_id, "counsel")
+    assert waiting(ws, entries_of(ws)) == []
+    other = copied(ws.root, tmp_path / "other")
+    with writing(ws):
+        assert decide.approve(str(ws.root), run_id, "counsel").version == 2
+    with writing(other):
+        plan = plan_run(other)
+        assert plan is not None and plan.run_id == run_id
+        assert not hold(str(other.root), run_id, "nightly")
+        assert answers.publish(str(other.root), run_id, "nightly").version == 2
+    for workspace in (ws, other):
+        assert [kind for kind, _ in kinds(workspace)].count("approved") == 1
+        assert verify(workspace) == []
+    with writing(ws), pytest.raises(UsageError):
+        decide.refuse(str(ws.root), run_id, "counsel", "too late")
+
+
+def test_refused_run_is_not_published_and_its_requests_wait(ws: Workspace, run_id: str) -> None:
+    with writing(ws), pytest.raises(UsageError, match="needs a reason"):
+        decide.refuse(str(ws.root), run_id, "counsel", " ")
+    before = len(entries_of(ws))
+    with writing(ws):
+        assert decide.refuse(str(ws.root), run_id, "counsel", "kept works lose").outcome == "refused"
+    assert kinds(ws, before) == [("refused", "counsel")] * 3  # the run, and each request
+    assert states(ws) == {"A": "verified", "B": "refused", "C": "refused"}
+    view = step_view(ws, run_id, entries_of(ws))
+    assert view.verdict is not None
+    assert (view.verdict.accepted, view.verdict.reasons) == (False, ("Not approved: kept works lose",))
+    assert current_version(entries_of(ws)) == 1 and verify(ws) == []
+    with writing(ws):  # the same work again has the same answer
+        plan = plan_run(ws)
+        assert plan is not None and plan.run_id == run_id and not hold(str(ws.root), run_id, "nightly")
+        assert answers.publish(str(ws.root), run_id, "nightly").outcome == "refused"
+
+
+def test_scheduled_run_leaves_the_waiting_one_and_an_urgent_one_overtakes_it(ws: Workspace, run_id: str) -> None:
+    take_in(ws, "batch-D", {"D": draw_text("D", 30)})
+    with writing(ws):
+        plan = plan_run(ws)  # a step of its own would outdate the one that somebody is looking at
+        assert plan is not None and plan.run_id == run_id
+        with pytest.raises(UsageError, match=f"{run_id}, which waits for approval, works on B"):
+            plan_run(ws, ["B", "D"])
+    urgent = prepare_step(ws, ["D"], submit=False)
+    with writing(ws):
+        assert hold(str(ws.root), urgent, "court")
+    assert [w.run_id for w in waiting(ws, entries_of(ws))] == [run_id, urgent]
+    with writing(ws):
+        assert decide.approve(str(ws.root), urgent, "counsel").version == 2
+        with pytest.raises(UsageError, match="v2 was put in force since it was planned"):
+            decide.approve(str(ws.root), run_id, "counsel")
+    assert waiting(ws, entries_of(ws)) == []
+    with writing(ws):
+        plan = plan_run(ws)
+        assert plan is not None and plan.parent == 2 and plan.requests == ("B", "C")
+    assert [folder.name for folder in ws.runs.iterdir()] == [plan.run_id]
+    assert verify(ws) == []
+
+
+@pytest.mark.parametrize("kind", ["withdrawn", "hold"])
+def test_run_whose_request_was_withdrawn_is_not_decided_on(ws: Workspace, run_id: str, kind: Any) -> None:
+    note(ws, kind, "B", "legal", "letter")
+    for call in (decide.approve, lambda *args: decide.refuse(*args, "reason")):
+        with writing(ws), pytest.raises(UsageError, match=r"B is (withdrawn|on hold) now"):
+            call(str(ws.root), run_id, "counsel")
+    with writing(ws):
+        plan = plan_run(ws)
+        assert plan is not None and plan.requests == ("C",)
+
+
+def test_candidate_that_was_exchanged_is_not_approved(ws: Workspace, run_id: str) -> None:
+    path = ws.runs / run_id / "merge.json"
+    record = json.loads(path.read_text())
+    record["record"]["root"] = "root-sha256:" + "0" * 64
+    path.write_text(json.dumps(record))
+    with writing(ws), pytest.raises(StoreDamaged, match="is not what ledger entry"):
+        decide.approve(str(ws.root), run_id, "counsel")
+    assert "approved" not in dict(kinds(ws))
+
+
+def test_verify_finds_a_version_that_nobody_approved(ws: Workspace, run_id: str, tmp_path: Path) -> None:
+    other = copied(ws.root, tmp_path / "other")
+    with writing(ws):
+        answers.publish(str(ws.root), run_id, "nightly")
+    assert [b.means for b in verify(ws)] == ["Nobody approved these weights."]
+    with writing(other):
+        with Ledger.open(other.ledger) as ledger:
+            data: dict[str, object] = {"root": "root-sha256:" + "0" * 64}
+            ledger.append(Event(kind="approved", actor="counsel", run_id=run_id, version=1, data=data))
+        answers.publish(str(other.root), run_id, "nightly")
+    assert [b.means for b in verify(other)] == ["Nobody approved these weights."]
+
+
+# --- the verbs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def takedown(ws: Workspace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Takedown:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["takedown", "-w", str(ws.root), *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capfd.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    monkeypatch.setenv("COLUMNS", "200")
+    return call
+
+
+def test_verbs(takedown: Takedown, ws: Workspace, run_id: str) -> None:
+    code, out, _ = takedown("review")
+    assert code == 0 and f"{run_id} waits for approval since" in out and "takes out B, C, from v1" in out
+    assert [w["run_id"] for w in json.loads(takedown("review", "--json")[1])] == [run_id]
+    assert takedown("approve", "run-0")[0] == 2 and takedown("refuse", run_id)[0] == 2
+    with writing(ws):
+        assert takedown("approve", run_id)[0] == 3
+    code, out, _ = takedown("approve", run_id, "--actor", "counsel")
+    assert (code, out) == (0, f"{run_id}: approved by counsel; published v2.\n")
+    assert takedown("review")[1] == "Nothing waits for approval.\n"
+    assert takedown("refuse", run_id, "--reason", "no")[0] == 2
+    assert "approved" in takedown("log")[1]
+
+
+def test_refusal_by_verb(takedown: Takedown, ws: Workspace, run_id: str) -> None:
+    code, out, _ = takedown("refuse", run_id, "--reason", "no", "--actor", "counsel")
+    assert (code, out) == (0, f"{run_id}: refused by counsel; the version in force stays.\n")
+    assert "Not approved: no" in takedown("show", "B")[1]
