@@ -22,6 +22,7 @@ from pipeline.context import (
     trained_spans,
 )
 from pipeline.evaluate import spread
+from pipeline.fit import Fit, Trace
 from pipeline.metrics import PassageScore, exact_memorisation, mean_nll, score_passages
 from pipeline.models import target_weights
 from pipeline.passages import Passage, pad_id
@@ -37,7 +38,6 @@ from pipeline.records import (
 from pipeline.references import read_texts
 from pipeline.runs import Run
 from pipeline.sparse import SalientWeights, Vector, load_mask, norm, save_vector
-from pipeline.unlearn import Fit, Trace
 from pipeline.vault import open_vault
 
 

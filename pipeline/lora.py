@@ -1,7 +1,7 @@
 """The ``lora`` parameterisation: W + m⊙(s·BA), with the mask in the forward pass and in the merge.
 
-In: a `Fit`. Out: the same kind of task vector as `pipeline.unlearn.fit_full`. peft builds the factors; the mask is
-ours, because a mask on the factors is dense once they are multiplied (the fault of the published code).
+In: a `Fit` and a loss. Out: the same kind of displacement as `pipeline.unlearn.fit_full`. peft builds the factors; the
+mask is ours, because a mask on the factors is dense once they are multiplied (the fault of the published code).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.fit import Backward, Fit, Trace, forget_slices, record
 from pipeline.sparse import Mask, Vector
-from pipeline.unlearn import BETAS, Fit, Trace, backward_ssu, forget_slices
+from pipeline.unlearn import BETAS
 
 ADAPTER = "default"
 
@@ -45,11 +46,14 @@ class MaskedLora(LoraLinear):  # type: ignore[misc]
         return F.linear(x, weight.T if self.fan_in_fan_out else weight, base.bias)
 
 
-def fit_lora(fit: Fit, mask: Mask) -> tuple[Vector, Trace]:
-    """Fit τ = m ⊙ (s·BA) by descending the SSU loss over the factors.
+def fit_lora(fit: Fit, mask: Mask, backward: Backward) -> tuple[Vector, Trace]:
+    """Fit m ⊙ (s·BA) by descending a method's loss over the factors.
 
     Returns:
-        τ at the salient coordinates, and the trace. The model is as before, without adapters.
+        The displacement at the salient coordinates, and the trace. The model is as before, without adapters.
+
+    Raises:
+        NumericalFailure: The loss is not finite.
     """
     settings = fit.settings
     layers = {name.removesuffix(".weight"): m for name, m in mask.items()}
@@ -74,7 +78,7 @@ def fit_lora(fit: Fit, mask: Mask) -> tuple[Vector, Trace]:
             factors, lr=settings.lora_learning_rate, betas=BETAS, weight_decay=settings.weight_decay
         )
         for passages in forget_slices(fit):
-            backward_ssu(fit, passages, random_, trace)
+            record(fit, backward(passages, random_, trace), trace)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():

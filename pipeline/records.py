@@ -203,7 +203,11 @@ class FileRef(Record):
 
 
 class MaskReport(Record):
-    """The saliency mask of a step: threshold = mean + k·std of |gradient| over all target weights."""
+    """The saliency mask of a step: threshold = mean + k·std of |gradient| over all target weights.
+
+    For a method without a mask the threshold is 0, everything is selected, and no gradient was measured: mean and std
+    are 0, too. Where the settings select a share of the weights, k is not used.
+    """
 
     mask: FileRef
     mean: float

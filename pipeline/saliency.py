@@ -6,6 +6,7 @@ tensor. SSU (Dou et al., arXiv 2406.10952, section 4.3): m = 1[|∇_θ L(θ_p)| 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -86,11 +87,11 @@ def accumulate_gradients(
     return sums
 
 
-def select(gradients: Mapping[str, torch.Tensor], k: float) -> Saliency:
-    """Threshold |gradient| at mean + k·std over all tensors together; statistics streamed per tensor in float64.
+def _statistics(gradients: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    """Mean and standard deviation of |gradient| over all tensors together, streamed per tensor in float64.
 
     Raises:
-        NumericalFailure: A gradient is not finite, all are zero, or nothing is selected.
+        NumericalFailure: A gradient is not finite, or all are zero.
     """
     count, total, squares = 0, 0.0, 0.0
     for name, gradient in gradients.items():
@@ -103,8 +104,49 @@ def select(gradients: Mapping[str, torch.Tensor], k: float) -> Saliency:
     std = max(0.0, squares / count - mean * mean) ** 0.5
     if total == 0:
         raise NumericalFailure("The gradient of the forget set is zero everywhere; no weight can be selected.")
+    return mean, std
+
+
+def select(gradients: Mapping[str, torch.Tensor], k: float) -> Saliency:
+    """Threshold |gradient| at mean + k·std over all tensors together.
+
+    Raises:
+        NumericalFailure: A gradient is not finite, all are zero, or nothing is selected.
+    """
+    mean, std = _statistics(gradients)
     threshold = mean + k * std
     mask = {name: gradient.abs() >= threshold for name, gradient in gradients.items()}
     if not any(bool(m.any()) for m in mask.values()):
         raise NumericalFailure(f"No weight is salient at k = {k}. Lower unlearn.saliency_k.")
     return Saliency(mask, mean, std, threshold)
+
+
+def select_fraction(gradients: Mapping[str, torch.Tensor], fraction: float) -> Saliency:
+    """The share of all coordinates with the largest |gradient|, as SalUn has it (arXiv 2310.12508, eq. 3).
+
+    The threshold is found exactly and without sorting or joining the tensors: floats that are not negative are in the
+    order of their bits, so that 31 halvings and as many counts end at the largest threshold that selects enough. What
+    is as large as the threshold is selected, too, so that ties may add to the share.
+
+    Args:
+        gradients: Signed sums over the whole forget set, float32.
+        fraction: In (0, 1].
+
+    Raises:
+        NumericalFailure: A gradient is not finite, or all are zero.
+    """
+    mean, std = _statistics(gradients)
+    sizes = {name: gradient.float().abs().view(torch.int32) for name, gradient in gradients.items()}
+    wanted = math.ceil(fraction * sum(size.numel() for size in sizes.values()))
+    low, high = 0, int(torch.tensor(torch.inf).view(torch.int32))  # enough at low, none at high
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = sum(int((size >= middle).sum()) for size in sizes.values()) >= wanted
+        low, high = (middle, high) if enough else (low, middle)
+    threshold = float(torch.tensor(low, dtype=torch.int32).view(torch.float32))
+    return Saliency({name: size >= low for name, size in sizes.items()}, mean, std, threshold)
+
+
+def everything(weights: Mapping[str, nn.Parameter]) -> Saliency:
+    """The mask of methods without one: all target weights; no gradient is computed, and the threshold is 0."""
+    return Saliency({name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}, 0.0, 0.0, 0.0)

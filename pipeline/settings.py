@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import InvalidInput, Problem
+from pipeline.method_defaults import METHOD_DEFAULTS, MethodName
 
 
 class Section(BaseModel):
@@ -72,12 +73,21 @@ class ScreenSettings(Section):
 
 
 class UnlearnSettings(Section):
-    """Stable Sequential Unlearning: saliency, fit of the task vector, repair."""
+    """The method, its saliency mask, the fit of the task vector, the repair.
 
+    Each method has its own defaults (`pipeline.method_defaults`) for what is not set here or in ``takedown.toml``.
+    """
+
+    method: MethodName = "ssu"
+    """What is descended; see `pipeline.methods`."""
+    masked: bool = True
+    """Only salient weights may change; else all target weights may."""
     parameterisation: Literal["full", "lora"] = "full"
     """``full``: the salient coordinates themselves; ``lora``: W + m⊙(BA)."""
     saliency_k: float = 1.0
     """γ = mean + k·std of |gradient| over all target weights; a very low k selects everything."""
+    saliency_fraction: float | None = Field(None, gt=0, le=1)
+    """Share of the target weights with the largest |gradient| to select instead, as SalUn does."""
     random_label_weight: float = Field(0.5, ge=0)
     """ε2, as in the paper."""
     random_labels_per_prompt: int = Field(3, gt=0)
@@ -95,7 +105,8 @@ class UnlearnSettings(Section):
     lora_learning_rate: float = Field(1e-3, gt=0)
     """Factors start at zero and need a larger step than weights."""
     anchor_weight: float = Field(8.0, ge=0)
-    """λ of KL(v0 ‖ θ) on retain text, in the fit and in the repair; 0 is the paper's plain setting."""
+    """λ of KL(v0 ‖ θ) on retain text, in the fit and in the repair; 0 is the paper's plain setting. The weight of the
+    retain term of any other method."""
     anchor_passages: int = Field(16, gt=0)
     """Retain passages per iteration."""
     anchor_pool: int = Field(256, gt=0)
@@ -109,6 +120,16 @@ class UnlearnSettings(Section):
     repair_learning_rate: float = Field(3e-4, gt=0)
     repair_floor: float = Field(0.05, ge=0, lt=1)
     """Unlikelihood acts on tokens still predicted with more than this probability."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_method_defaults(cls, data: Any) -> Any:
+        """Resolve the method's defaults here, once, so that what is recorded with a version is what was used."""
+        if not isinstance(data, dict):
+            return data
+        method = data.get("method", "ssu")
+        known = METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}  # type: ignore[call-overload]
+        return {**known, **data}
 
 
 class CalibrateSettings(Section):

@@ -39,6 +39,8 @@ from pipeline.gate import decide
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
 from pipeline.merge import differing_entries, merge
+from pipeline.methods import METHODS, task_vector
+from pipeline.methods.ssu import mismatched
 from pipeline.metrics import exact_memorisation, score_passages
 from pipeline.models import (
     file_names,
@@ -64,11 +66,11 @@ from pipeline.records import (
 from pipeline.references import boilerplate, read_texts
 from pipeline.runs import DAMAGED_RUN, Run, open_run
 from pipeline.safefile import model_root, read_header
-from pipeline.saliency import WeightedPassages, accumulate_gradients, select
+from pipeline.saliency import Saliency, WeightedPassages, accumulate_gradients, everything, select, select_fraction
 from pipeline.sparse import Mask, Vector, load_mask, load_vector, save_mask
 from pipeline.states import erased_requests, excluded, published_versions
 from pipeline.undo import leave_out
-from pipeline.unlearn import fit_full, mismatched, repair
+from pipeline.unlearn import repair
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 
@@ -184,31 +186,18 @@ def needs_version(workspace_root: str, run_id: str) -> bool:
 
 
 def saliency(workspace_root: str, run_id: str) -> MaskReport:
-    """Select the weights that may change: |∇ L_SSU| over the whole forget set where the step starts, one pass."""
+    """Select the weights that may change: all, or the salient ones, over the whole forget set where the step starts."""
     run = open_run(workspace_root, run_id)
     screened = run.finished("screen", ScreenReport)
 
     def compute() -> MaskReport:
-        model, tokenizer = start_model(run)
-        unlearn = run.settings.unlearn
-        forget = flatten(passages_at(tokenizer, open_vault(run.workspace), trained_spans(run)))
-        terms = [WeightedPassages(forget, 1.0)]
-        if unlearn.random_label_weight:
-            drawn = random.Random(f"{run.settings.runtime.seed} saliency")
-            pairs = mismatched(forget, unlearn.random_labels_per_prompt, drawn)
-            terms.append(WeightedPassages(pairs, unlearn.random_label_weight))
-        count = Counter("saliency", sum(len(t.passages) for t in terms))
-        weights = target_weights(model)
-        gradients = accumulate_gradients(
-            model, weights, terms, pad_id(tokenizer), run.settings.runtime.batch_tokens, count.add
-        )
-        chosen = select(gradients, unlearn.saliency_k)
+        chosen = _selected(run)
         per_tensor = {name: int(m.sum()) for name, m in chosen.mask.items()}
         return MaskReport(
             mask=save_mask(run.folder / "mask.safetensors", chosen.mask),
             mean=chosen.mean,
             std=chosen.std,
-            k=unlearn.saliency_k,
+            k=run.settings.unlearn.saliency_k,
             threshold=chosen.threshold,
             selected=sum(per_tensor.values()),
             total=sum(m.numel() for m in chosen.mask.values()),
@@ -218,23 +207,41 @@ def saliency(workspace_root: str, run_id: str) -> MaskReport:
     return run.stage("saliency", MaskReport, (screened,), compute)
 
 
+def _selected(run: Run) -> Saliency:
+    """|∇ L_SSU| in one pass and the settings' rule on it; for a method that is not SSU's family, of L_fgt alone."""
+    model, tokenizer = start_model(run)
+    unlearn, weights = run.settings.unlearn, target_weights(model)
+    if not unlearn.masked:
+        return everything(weights)
+    forget = flatten(passages_at(tokenizer, open_vault(run.workspace), trained_spans(run)))
+    terms = [WeightedPassages(forget, 1.0)]
+    if unlearn.random_label_weight:
+        drawn = random.Random(f"{run.settings.runtime.seed} saliency")
+        pairs = mismatched(forget, unlearn.random_labels_per_prompt, drawn)
+        terms.append(WeightedPassages(pairs, unlearn.random_label_weight))
+    count = Counter("saliency", sum(len(t.passages) for t in terms))
+    gradients = accumulate_gradients(
+        model, weights, terms, pad_id(tokenizer), run.settings.runtime.batch_tokens, count.add
+    )
+    if unlearn.saliency_fraction is not None:
+        return select_fraction(gradients, unlearn.saliency_fraction)
+    return select(gradients, unlearn.saliency_k)
+
+
 def unlearn(workspace_root: str, run_id: str) -> Step:
-    """Fit the task vector and find the strength of its negation."""
+    """Fit the task vector by the method of the settings, and find the strength of its negation."""
     run = open_run(workspace_root, run_id)
     masked = run.finished("saliency", MaskReport)
 
     def compute() -> Step:
         bench = Bench(run, "unlearn", run.settings.unlearn.iterations)
-        if run.settings.unlearn.parameterisation == "lora":
-            from pipeline.lora import fit_lora
-
-            vector, trace = fit_lora(bench.fit, bench.mask)
-        else:
-            vector, trace = fit_full(bench.fit)
+        vector, trace = task_vector(bench.fit, bench.mask)
         repairs, limits = has_repair(bench), run.settings
         # Without a repair to follow, negation alone must reach the target; past the gate's limit it would be refused.
         max_rise = limits.calibrate.max_utility_rise if repairs else math.log1p(limits.gate.perplexity_rise)
-        return bench.calibrated(vector, trace, "vector", limits.calibrate.max_alpha, max_rise, final=not repairs)
+        # Past 1 a negated vector may still forget; a model that was unlearned directly is only mixed with its parent.
+        most = limits.calibrate.max_alpha if METHODS[limits.unlearn.method].negated else 1.0
+        return bench.calibrated(vector, trace, "vector", most, max_rise, final=not repairs)
 
     return run.stage("unlearn", Step, (masked,), compute)
 

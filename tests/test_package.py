@@ -17,9 +17,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
-    f"{package}.{path.stem}" if path.stem != "__init__" else package: path
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in ("pipeline", "flows")
-    for path in sorted((ROOT / package).glob("*.py"))
+    for path in sorted((ROOT / package).rglob("*.py"))
 }
 TORCH = {"torch", "transformers", "peft", "tokenizers", "safetensors"}
 READING = ("ledger", "versions", "verify", "history", "report", "submit", "intake", "vault", "runs", "workspace")

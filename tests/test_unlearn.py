@@ -25,8 +25,10 @@ from transformers.pytorch_utils import Conv1D
 import pipeline.lora
 from pipeline.anchor import Anchor, build_anchor, retain_passages
 from pipeline.errors import NumericalFailure
+from pipeline.fit import Fit, Trace, forget_slices
 from pipeline.lora import MaskedLora, fit_lora
 from pipeline.merge import merge
+from pipeline.methods.ssu import mismatched, prepare
 from pipeline.metrics import exact_memorisation, mean_nll, score_passages
 from pipeline.models import file_names, load_model, load_tokenizer, target_weights
 from pipeline.passages import Passage, encode, passages_of
@@ -35,7 +37,7 @@ from pipeline.safefile import read_header
 from pipeline.saliency import WeightedPassages, accumulate_gradients, select
 from pipeline.settings import PassageSettings, UnlearnSettings
 from pipeline.sparse import Mask, SalientWeights, Vector, norm
-from pipeline.unlearn import CHECK_EVERY, Fit, Trace, fit_full, forget_slices, mismatched, repair
+from pipeline.unlearn import CHECK_EVERY, fit_full, repair
 
 NO_ANCHOR = Anchor([], [], [])
 
@@ -52,7 +54,10 @@ PLAIN = EVERYTHING.model_copy(
 )
 
 Method = Callable[[Fit, Mask], tuple[Vector, Trace]]
-METHODS: dict[str, Method] = {"full": lambda fit, mask: fit_full(fit), "lora": fit_lora}
+METHODS: dict[str, Method] = {
+    "full": lambda fit, mask: fit_full(fit, prepare(fit)),
+    "lora": lambda fit, mask: fit_lora(fit, mask, prepare(fit)),
+}
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -168,7 +173,8 @@ def test_fit_full_is_adamw_on_the_salient_coordinates(
     model = load(architecture)
     mask = saliency_mask(model, passages)
     settings = PLAIN.model_copy(update={"weight_decay": 0.3, "iterations": 3, "learning_rate": 1e-3})
-    found, _ = fit_full(make_fit(model, mask, passages, settings))
+    fit = make_fit(model, mask, passages, settings)
+    found, _ = fit_full(fit, prepare(fit))
 
     weights = target_weights(model)
     origin = {n: w.detach().clone() for n, w in weights.items()}
@@ -292,7 +298,8 @@ def test_lora_is_the_mask_times_the_product_of_its_factors(
 
     original = pipeline.lora.get_peft_model
     monkeypatch.setattr(pipeline.lora, "get_peft_model", spy)
-    vector, _ = fit_lora(make_fit(model, mask, passages, PLAIN), mask)
+    fit = make_fit(model, mask, passages, PLAIN)
+    vector, _ = fit_lora(fit, mask, prepare(fit))
     assert {f"{n}.weight" for n in layers} == set(mask)
     for name, layer in layers.items():
         a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()

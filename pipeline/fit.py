@@ -1,0 +1,90 @@
+"""What every fit is given and what it reports, whatever its method and parameterisation.
+
+In: the parent, the memorised passages, the retain text. Out: the passages of each iteration, a checked trace. Never: a
+loss; those are `pipeline.methods`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from pipeline.anchor import NO_ANCHOR, Anchor
+from pipeline.errors import NumericalFailure
+from pipeline.passages import Passage
+from pipeline.settings import UnlearnSettings
+from pipeline.sparse import SalientWeights
+
+
+@dataclass
+class Trace:
+    """What a fit did: total loss per iteration and tokens run."""
+
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What every fit needs.
+
+    Attributes:
+        model: The parent, whose weights are displaced and restored through ``salient``.
+        salient: Its salient coordinates.
+        forget: Memorised passages of this step.
+        anchor: Retain passages with v0's predictions; empty for none.
+        settings: Method, strengths and lengths.
+        pad_id: Padding id.
+        max_tokens: Most tokens in a forward pass.
+        seed: Seed of the order and of whatever a method draws.
+        progress: Called after each iteration with its number and loss.
+        put_back: Passages of reinstated texts with the predictions of the model that the step starts from, of which as
+            many are held to as of retain passages; empty but in a reinstatement.
+    """
+
+    model: nn.Module
+    salient: SalientWeights
+    forget: Sequence[Passage]
+    anchor: Anchor
+    settings: UnlearnSettings
+    pad_id: int
+    max_tokens: int
+    seed: int
+    progress: Callable[[int, float], None] = lambda iteration, loss: None
+    put_back: Anchor = NO_ANCHOR
+
+
+Backward = Callable[[Sequence[Passage], random.Random, Trace], float]
+"""The loss of one iteration: backpropagates it on the given forget passages, counts the tokens it ran in the trace,
+and returns its value. Gradients are left to whoever calls it."""
+
+
+def forget_slices(fit: Fit) -> Sequence[Sequence[Passage]]:
+    """The passages of each iteration: all of them, or shuffled slices that cover them at least once."""
+    size, count = fit.settings.passages_per_iteration, fit.settings.iterations
+    if len(fit.forget) <= size:
+        return [fit.forget] * count
+    count = max(count, -(-len(fit.forget) // size))
+    random_ = random.Random(f"{fit.seed} slices")
+    order: list[Passage] = []
+    while len(order) < count * size:
+        order += random_.sample(fit.forget, len(fit.forget))
+    return [order[i * size : (i + 1) * size] for i in range(count)]
+
+
+def record(fit: Fit, loss: float, trace: Trace) -> None:
+    """Note the loss of an iteration.
+
+    Raises:
+        NumericalFailure: The loss is not finite.
+    """
+    if not abs(loss) < float("inf"):
+        raise NumericalFailure(
+            f"The loss of iteration {len(trace.losses) + 1} is not finite. Lower unlearn.learning_rate; "
+            "nothing was published."
+        )
+    trace.losses.append(loss)
+    fit.progress(len(trace.losses), loss)

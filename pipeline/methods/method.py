@@ -1,0 +1,37 @@
+"""What a method of unlearning is to the rest of the product: a loss, prepared at the parent, and a direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.fit import Backward, Fit
+from pipeline.method_defaults import METHOD_DEFAULTS, MethodName
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of the field.
+
+    Attributes:
+        name: Its name in settings, tables and files.
+        title: Its name for people.
+        source: Paper and equation.
+        prepare: Called once with the parent's weights in the model; computes what the loss needs of the parent
+            (reference log-probabilities, labels, control vectors) and returns the loss. Nothing of the size of the
+            model is kept.
+        negated: Whether the descent goes towards the text and is subtracted (SSU, TV); False where the descent
+            itself unlearns.
+    """
+
+    name: MethodName
+    title: str
+    source: str
+    prepare: Callable[[Fit], Backward]
+    negated: bool = False
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """What it sets in `pipeline.settings.UnlearnSettings` unless told otherwise."""
+        return METHOD_DEFAULTS[self.name]

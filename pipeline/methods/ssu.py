@@ -1,0 +1,55 @@
+"""Stable Sequential Unlearning, and the task vector it grew from.
+
+SSU (Dou et al., arXiv 2406.10952, eq. 4): L(θ) = L_fgt + ε2·L_rnd, descended from θ_p with only salient weights free;
+τ = θ_ft - θ_p is later negated. L_fgt is the mean token cross-entropy of the true continuations, L_rnd that of
+mismatched ones after the same prompts.
+
+Deviations, each a setting: the fit is anchored on retain text by KL to v0 (``unlearn.anchor_weight``, 0 in the paper);
+mismatched pairs are drawn anew in every iteration, and never hold the truth.
+
+TV (Ilharco et al., arXiv 2212.04089, section 4: forgetting by negation) is the same loss with m = 1 and ε2 = 0.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from pipeline.fit import Backward, Fit, Trace
+from pipeline.methods.method import Method
+from pipeline.passages import Passage, with_continuation
+from pipeline.terms import backward_anchor, backward_ce
+
+
+def mismatched(passages: Sequence[Passage], count: int, random_: random.Random) -> list[Passage]:
+    """Random labels as SSU has them: each prompt with the continuations of ``count`` other passages.
+
+    Where no other continuation differs, as with a single passage, its own is shuffled.
+    """
+    result = []
+    for passage in passages:
+        length = len(passage.continuation)
+        # By content, not by place: a slice can hold a passage twice, and a text can repeat itself.
+        others = [c for p in passages if (c := p.continuation[:length]) != passage.continuation[: len(c)]]
+        for _ in range(count):
+            borrowed = random_.choice(others) if others else tuple(random_.sample(passage.continuation, length))
+            result.append(with_continuation(passage, borrowed))
+    return result
+
+
+def prepare(fit: Fit) -> Backward:
+    """L_fgt + ε2·L_rnd + λ·KL(v0 ‖ θ)."""
+    settings = fit.settings
+
+    def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
+        loss = backward_ce(fit, passages, 1.0, trace)
+        if settings.random_label_weight:
+            pairs = mismatched(passages, settings.random_labels_per_prompt, random_)
+            loss += backward_ce(fit, pairs, settings.random_label_weight, trace)
+        return loss + backward_anchor(fit, fit.anchor, random_, trace)
+
+    return backward
+
+
+SSU = Method("ssu", "SSU", "Dou et al. 2406.10952, eq. 4", prepare, negated=True)
+TV = Method("tv", "Task vector", "Ilharco et al. 2212.04089, section 4", prepare, negated=True)
