@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +15,20 @@ from transformers import GenerationConfig
 
 from pipeline.metrics import (
     PassageScore,
+    accumulated_common_runs,
     exact_memorisation,
+    extractable,
     extraction_strength,
+    frontier,
     generate,
     longest_common_run,
     mean_nll,
     normalised_words,
+    passage_score,
+    repetition,
     rouge,
     score_passages,
+    score_tokens,
 )
 from pipeline.passages import Passage, encode, pad_id, passages_of
 from pipeline.settings import PassageSettings
@@ -82,6 +89,47 @@ def test_rouge_by_hand() -> None:
     assert rouge("a b c d", "a c b x") == (pytest.approx(0.75), pytest.approx(0.5))
 
 
+def test_accumulated_common_runs_by_hand() -> None:
+    truth = list("abcdxefgyhi")
+    assert accumulated_common_runs(truth, list("abcdqefg")) == 7  # runs of 4 and 3; "h i" is not there
+    assert accumulated_common_runs(truth, list("abqefqhi")) == 0  # only runs of 2
+    assert accumulated_common_runs(truth, list("efgqabcd")) == 4  # the longest, and nothing behind it
+    assert accumulated_common_runs(list("abc"), list("abcabc")) == 3  # no word of the truth twice
+    assert accumulated_common_runs([], truth) == 0
+
+
+@given(words, words)
+def test_accumulated_runs_lie_between_the_longest_run_and_the_text(first: list[str], second: list[str]) -> None:
+    longest = longest_common_run(first, second)
+    found = accumulated_common_runs(first, second)
+    assert (longest if longest >= 3 else 0) <= found <= min(len(first), len(second))
+    assert found == 0 or longest >= 3
+
+
+def test_repetition_by_hand() -> None:
+    assert repetition(list("abcde")) == 0
+    assert repetition(list("abababa")) == 0.5  # abab, baba, abab, baba
+    assert repetition(["a"] * 7) == 0.75
+    assert repetition(list("abc")) == 0  # too short to repeat anything
+
+
+def test_extraction_by_sampling_by_hand() -> None:
+    # p_z = 1/2: one query suffices for p = .5, two for .75; p_z = .01: log(.5)/log(.99) = 68.97 queries for .5.
+    assert extractable(math.log(0.5), 1, 0.5) and not extractable(math.log(0.5), 1, 0.51)
+    assert extractable(math.log(0.5), 2, 0.75) and not extractable(math.log(0.5), 2, 0.76)
+    assert extractable(math.log(0.01), 69, 0.5) and not extractable(math.log(0.01), 68, 0.5)
+    assert extractable(0.0, 1, 0.999)  # certain
+    assert not extractable(-1e5, 10**9, 0.01)  # p_z underflows, and is nothing
+    # In log space a small p_z is not rounded away: n·p_z = 1e-20·1e20, and 1 - e^-1 = .632.
+    assert extractable(math.log(1e-20), 10**20, 0.63) and not extractable(math.log(1e-20), 10**20, 0.64)
+
+
+def test_frontier_by_hand() -> None:
+    points = [(0.2, 0.9), (0.3, 0.8), (0.1, 0.5), (0.4, 0.95), (0.2, 0.7), (0.2, 0.9)]
+    assert frontier(points) == [2, 0, 5, 3]  # (.3, .8) and (.2, .7) are beaten by (.2, .9); equals stand together
+    assert frontier([]) == []
+
+
 def test_sums_are_over_tokens_not_passages() -> None:
     scores = [PassageScore(1, 1, 1.0, 2.0), PassageScore(0, 3, 0.0, 10.0)]
     assert exact_memorisation(scores) == 0.25
@@ -109,6 +157,39 @@ def test_scores_equal_a_loop_over_passages_with_all_logits(
         assert score.hits == sum(hits)
         assert score.extraction == extraction_strength(hits)
         assert score.nll == pytest.approx(nll, rel=1e-5)  # float32 log-softmax against float64
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_token_scores_equal_a_loop_over_positions(
+    architecture: str, load: LoadModel, mixed: Sequence[Passage], tokenizer: Any
+) -> None:
+    model = load(architecture)
+    found = score_tokens(model, mixed, pad_id(tokenizer), 80)
+    for p, score in zip(mixed, found, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([p.ids])).logits[0].double()
+        for number, position in enumerate(range(p.prompt_length, len(p.ids))):
+            log_p = torch.log_softmax(logits[position - 1], -1)
+            mean = float((log_p.exp() * log_p).sum())
+            std = float((log_p.exp() * (log_p - mean) ** 2).sum()) ** 0.5
+            true = float(log_p[p.ids[position]])
+            assert bool(score.hits[number]) == (int(log_p.argmax()) == p.ids[position])
+            # float32 against float64
+            assert float(score.logprobs[number]) == pytest.approx(true, rel=1e-4)
+            assert float(score.standardised[number]) == pytest.approx((true - mean) / std, rel=1e-3, abs=1e-4)
+    summaries = [passage_score(s) for s in found]
+    for one, other in zip(summaries, score_passages(model, mixed, pad_id(tokenizer), 80), strict=True):
+        assert (one.hits, one.tokens, one.extraction) == (other.hits, other.tokens, other.extraction)
+        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+
+
+def test_a_broken_model_scores_badly_not_undefined(load: LoadModel, mixed: Sequence[Passage], tokenizer: Any) -> None:
+    model = load("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(float("nan"))  # type: ignore[operator]
+    for score in score_tokens(model, mixed[:2], pad_id(tokenizer), 80):
+        assert bool(torch.isfinite(score.logprobs).all()) and bool(torch.isfinite(score.standardised).all())
+        assert float(score.logprobs.max()) == -1e4
 
 
 def test_a_model_that_knows_the_text_scores_one(load: LoadModel, mixed: Sequence[Passage], tokenizer: Any) -> None:
