@@ -15,10 +15,9 @@ from torch import nn
 
 from pipeline.anchor import build_anchor, retain_passages, save_anchor
 from pipeline.errors import UsageError
-from pipeline.evaluate import never_seen_level, score_texts, spread
+from pipeline.evaluate import never_seen_level, score_texts, scores_by_text, spread
 from pipeline.files import digest_json, read_json, write_json
 from pipeline.ledger import Ledger
-from pipeline.metrics import PassageScore, score_passages
 from pipeline.models import (
     check_tokenizer,
     load_tokenizer,
@@ -170,14 +169,6 @@ def spans_up_to(workspace: Workspace, entries: Sequence[LedgerEntry], version: i
     }
 
 
-def scores_of(
-    model: nn.Module, tokenizer: object, texts: Mapping[str, Sequence[Passage]], settings: Settings
-) -> dict[str, list[PassageScore]]:
-    """Teacher-forced scores of every text's passages, all texts batched together."""
-    scores = iter(score_passages(model, flatten(texts), pad_id(tokenizer), settings.runtime.batch_tokens))
-    return {name: [next(scores) for _ in passages] for name, passages in texts.items()}
-
-
 def flatten(texts: Mapping[str, Sequence[T]]) -> list[T]:
     """What belongs to all texts, text by text."""
     return [item for found in texts.values() for item in found]
@@ -205,16 +196,16 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     kept = reference_passages(tokenizer, texts["kept"], "kept", settings)
     anchors = retain_passages(tokenizer, texts["retain"], settings.passages, settings.unlearn.anchor_pool)
     retain = reference_passages(tokenizer, texts["retain"], "retain", settings) if not held else {}
+    pad, tokens = pad_id(tokenizer), settings.runtime.batch_tokens
     level = never_seen_level(
-        flatten(scores_of(model, tokenizer, held, settings)),
-        flatten(scores_of(model, tokenizer, retain, settings)),
+        flatten(scores_by_text(model, held, pad, tokens)),
+        flatten(scores_by_text(model, retain, pad, tokens)),
         settings.screen,
-    )  # fmt: skip
-    tokens = settings.runtime.batch_tokens
+    )
     scores = score_texts(model, tokenizer, {**kept, **held}, 0, tokens)
     anchor = None
     if anchors:
-        built = build_anchor(model, anchors, settings.unlearn.anchor_top_k, pad_id(tokenizer), tokens)
+        built = build_anchor(model, anchors, settings.unlearn.anchor_top_k, pad, tokens)
         anchor = save_anchor(folder / "anchor.safetensors", built)
     found = Reference(folder=str(folder.relative_to(workspace.root)), level=level, scores=scores, anchor=anchor)
     write_json(folder / "reference.json", found.model_dump(mode="json"))

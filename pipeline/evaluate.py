@@ -65,6 +65,15 @@ def score_texts(
     return result
 
 
+def scores_by_text(
+    model: nn.Module, texts: Mapping[str, Sequence[Passage]], pad: int, max_tokens: int
+) -> dict[str, list[PassageScore]]:
+    """Teacher-forced scores of every text's passages, all texts batched together."""
+    flat = [p for passages in texts.values() for p in passages]
+    scores = iter(score_passages(model, flat, pad, max_tokens))
+    return {name: [next(scores) for _ in passages] for name, passages in texts.items()}
+
+
 def summarise(scores: Sequence[PassageScore], pairs: Sequence[tuple[str, str]]) -> TextScore:
     """One text's score from its passages' scores and its (truth, generated) pairs."""
     rouges = [rouge(truth, generated) for truth, generated in pairs]

@@ -7,13 +7,11 @@ texts are loaded where they are needed and travel nowhere. `flows/takedown.py` c
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Mapping
 
 from torch import nn
 
-from pipeline.bench import Bench, has_repair
+from pipeline.anchor import NO_ANCHOR, build_anchor, load_anchor
 from pipeline.context import (
     earlier_spans,
     erased_texts,
@@ -39,18 +37,16 @@ from pipeline.gate import decide
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
 from pipeline.merge import differing_entries, merge
-from pipeline.methods import METHODS, task_vector
-from pipeline.methods.ssu import mismatched
 from pipeline.metrics import exact_memorisation, score_passages
 from pipeline.models import (
     file_names,
     load_model,
     shared_model,
-    target_weights,
 )
-from pipeline.passages import encode, pad_id, passages_of
+from pipeline.passages import Passage, encode, pad_id, passages_of
 from pipeline.progress import Counter, tell
 from pipeline.records import (
+    Calibration,
     Comparison,
     DedupeReport,
     Evaluation,
@@ -61,18 +57,18 @@ from pipeline.records import (
     ScreenReport,
     Step,
     TextScore,
+    VectorReport,
     Verdict,
 )
 from pipeline.references import boilerplate, read_texts
 from pipeline.runs import DAMAGED_RUN, Run, open_run
 from pipeline.safefile import model_root, read_header
-from pipeline.saliency import Saliency, WeightedPassages, accumulate_gradients, everything, select, select_fraction
-from pipeline.sparse import Mask, Vector, load_mask, load_vector, save_mask
+from pipeline.sparse import Mask, Vector, load_mask, load_vector, norm, save_mask, save_vector
 from pipeline.states import erased_requests, excluded, published_versions
 from pipeline.undo import leave_out
-from pipeline.unlearn import repair
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
+from pipeline.workbench import Fitted, StepTexts, Workbench, select_weights
 
 CERTAIN = 0.9
 """A passage predicted better than this is memorised, however widely never-seen passages scatter."""
@@ -191,7 +187,9 @@ def saliency(workspace_root: str, run_id: str) -> MaskReport:
     screened = run.finished("screen", ScreenReport)
 
     def compute() -> MaskReport:
-        chosen = _selected(run)
+        model, tokenizer = start_model(run)
+        forget = flatten(passages_at(tokenizer, open_vault(run.workspace), trained_spans(run)))
+        chosen = select_weights(model, forget, run.settings, pad_id(tokenizer))
         per_tensor = {name: int(m.sum()) for name, m in chosen.mask.items()}
         return MaskReport(
             mask=save_mask(run.folder / "mask.safetensors", chosen.mask),
@@ -207,25 +205,50 @@ def saliency(workspace_root: str, run_id: str) -> MaskReport:
     return run.stage("saliency", MaskReport, (screened,), compute)
 
 
-def _selected(run: Run) -> Saliency:
-    """|∇ L_SSU| in one pass and the settings' rule on it; for a method that is not SSU's family, of L_fgt alone."""
+def _workbench(run: Run, stage: str, iterations: int) -> Workbench:
+    """The workbench of a run whose mask is known."""
     model, tokenizer = start_model(run)
-    unlearn, weights = run.settings.unlearn, target_weights(model)
-    if not unlearn.masked:
-        return everything(weights)
-    forget = flatten(passages_at(tokenizer, open_vault(run.workspace), trained_spans(run)))
-    terms = [WeightedPassages(forget, 1.0)]
-    if unlearn.random_label_weight:
-        drawn = random.Random(f"{run.settings.runtime.seed} saliency")
-        pairs = mismatched(forget, unlearn.random_labels_per_prompt, drawn)
-        terms.append(WeightedPassages(pairs, unlearn.random_label_weight))
-    count = Counter("saliency", sum(len(t.passages) for t in terms))
-    gradients = accumulate_gradients(
-        model, weights, terms, pad_id(tokenizer), run.settings.runtime.batch_tokens, count.add
+    vault, settings = open_vault(run.workspace), run.settings
+    forget = passages_at(tokenizer, vault, forget_spans(run))
+    found, anchor = reference(str(run.workspace.root), run.run_id), NO_ANCHOR
+    if found.anchor is not None:
+        excluded = {e.document.removeprefix("retain/") for e in run.finished("dedupe", DedupeReport).retain_excluded}
+        anchor = load_anchor(run.workspace.root / found.folder, found.anchor).without(excluded)
+    back = flatten(passages_at(tokenizer, vault, reinstated_spans(run)))
+    put_back = build_anchor(
+        model, [Passage(p.span, p.ids, 1) for p in back], settings.unlearn.anchor_top_k, pad_id(tokenizer),
+        settings.runtime.batch_tokens,
+    )  # fmt: skip
+    texts = StepTexts(
+        forget=forget,
+        trained=[p for name in trained_spans(run) for p in forget[name]],
+        earlier=passages_at(tokenizer, vault, earlier_spans(run)),
+        anchor=anchor,
+        put_back=put_back,
+        held_out=flatten(reference_passages(tokenizer, read_texts(run.workspace, "heldout"), "heldout", settings)),
     )
-    if unlearn.saliency_fraction is not None:
-        return select_fraction(gradients, unlearn.saliency_fraction)
-    return select(gradients, unlearn.saliency_k)
+    count = Counter(stage, iterations)
+    return Workbench(
+        model, load_mask(run.folder, run.finished("saliency", MaskReport).mask), texts, found.level, settings,
+        pad_id(tokenizer), lambda iteration, loss: count.add(note=f"loss {loss:.3f}"),
+    )  # fmt: skip
+
+
+def _kept(run: Run, fitted: Fitted, target: float, name: str) -> Step:
+    """Write a fitted vector into the run's folder."""
+    ref = save_vector(run.folder / f"{name}.safetensors", fitted.vector)
+    trace, found = fitted.trace, fitted.strength
+    return Step(
+        vector=VectorReport(vector=ref, norm=norm(fitted.vector), losses=tuple(trace.losses), tokens=trace.tokens),
+        calibration=Calibration(
+            vector=ref,
+            alpha=found.point.alpha,
+            target=target,
+            reached=found.reached,
+            bounded_by_utility=found.bounded_by_utility,
+            curve=found.curve,
+        ),
+    )
 
 
 def unlearn(workspace_root: str, run_id: str) -> Step:
@@ -234,14 +257,8 @@ def unlearn(workspace_root: str, run_id: str) -> Step:
     masked = run.finished("saliency", MaskReport)
 
     def compute() -> Step:
-        bench = Bench(run, "unlearn", run.settings.unlearn.iterations)
-        vector, trace = task_vector(bench.fit, bench.mask)
-        repairs, limits = has_repair(bench), run.settings
-        # Without a repair to follow, negation alone must reach the target; past the gate's limit it would be refused.
-        max_rise = limits.calibrate.max_utility_rise if repairs else math.log1p(limits.gate.perplexity_rise)
-        # Past 1 a negated vector may still forget; a model that was unlearned directly is only mixed with its parent.
-        most = limits.calibrate.max_alpha if METHODS[limits.unlearn.method].negated else 1.0
-        return bench.calibrated(vector, trace, "vector", most, max_rise, final=not repairs)
+        bench = _workbench(run, "unlearn", run.settings.unlearn.iterations)
+        return _kept(run, bench.fitted(), bench.target, "vector")
 
     return run.stage("unlearn", Step, (masked,), compute)
 
@@ -255,15 +272,11 @@ def repair_stage(workspace_root: str, run_id: str) -> Step:
     fitted = run.finished("unlearn", Step)
 
     def compute() -> Step:
-        bench = Bench(run, "repair", run.settings.unlearn.repair_iterations)
-        if not has_repair(bench):
+        bench = _workbench(run, "repair", run.settings.unlearn.repair_iterations)
+        if not bench.has_repair:
             return fitted
         tau = load_vector(run.folder, fitted.vector.vector)
-        start = {name: -fitted.calibration.alpha * value for name, value in tau.items()}
-
-        displacement, trace = repair(bench.fit, start, bench.remaining)
-        # Kept as a task vector, to be negated like any other: θ_p - α·(-d).
-        return bench.calibrated({n: -v for n, v in displacement.items()}, trace, "repaired", 1.0, None, final=True)
+        return _kept(run, bench.repaired(tau, fitted.calibration.alpha), bench.target, "repaired")
 
     return run.stage("repair", Step, (fitted,), compute)
 
