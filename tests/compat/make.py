@@ -15,14 +15,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from histories import LEVEL, array_model, entries_of, make_step, prepare_step, publish, start_history
+from histories import LEVEL, array_model, entries_of, make_step, prepare_step, publish, reinstate, start_history
 from tampered.scene import make_again, settle
 from workspaces import draw_text, take_in
 
 import pipeline
 from pipeline.files import digest_file, write_json
 from pipeline.ledger import Ledger
-from pipeline.records import DedupeDecision, DedupeReport, Event, ScreenedRequest, ScreenReport
+from pipeline.records import DedupeDecision, DedupeReport, ScreenedRequest, ScreenReport
+from pipeline.requests import note
 from pipeline.rollback import roll_back
 from pipeline.runs import open_run, plan_run
 from pipeline.states import current_version, excluded, published_versions, purged_versions, request_states
@@ -55,7 +56,10 @@ def answer_not_memorised(workspace: Workspace, request_id: str) -> None:
 
 
 def make_history(workspace: Workspace) -> None:
-    """Everything that a history can hold but a purge: six versions on two branches, and a request in every position."""
+    """Everything that a history can hold but a purge: seven versions on two branches, and a request in every position.
+
+    The last version puts TD-4 back, after the gate refused to put back TD-1.
+    """
     make_step(workspace, "TD-1")
     make_step(workspace, "TD-2", "TD-3")
     make_step(workspace, "TD-4")
@@ -66,18 +70,21 @@ def make_history(workspace: Workspace) -> None:
     answer_not_memorised(workspace, "TD-6")
     for name in ("TD-7", "TD-8", "TD-9"):
         take_in(workspace, f"batch-{name}", {name: draw_text(name, 30)})
-    with Ledger.open(workspace.ledger) as ledger:
-        ledger.append(Event(kind="withdrawn", actor="tester", request_id="TD-8", data={"reason": "sent twice"}))
-        ledger.append(Event(kind="countered", actor="tester", request_id="TD-1", data={"reason": "licensed"}))
-        ledger.append(Event(kind="hold", actor="tester", request_id="TD-9", data={"reason": "litigation"}))
+    note(workspace, "withdrawn", "TD-8", "tester", "sent twice")
+    note(workspace, "countered", "TD-1", "tester", "licensed")
+    reinstate(workspace, "TD-1", again=["TD-4"], accepted=False)
+    note(workspace, "countered", "TD-4", "tester", "public domain")
+    reinstate(workspace, "TD-4", again=["TD-2"])
+    note(workspace, "hold", "TD-9", "tester", "litigation")
 
 
 def purge_history(workspace: Workspace) -> None:
     """End the hold, purge all but the newest branch, and lose the index, which the next run builds again."""
-    with Ledger.open(workspace.ledger) as ledger:
-        ledger.append(Event(kind="released", actor="tester", request_id="TD-9"))
+    note(workspace, "released", "TD-9", "tester", "settled")
     purge(workspace, 4, "tester", "retention of a year")
     (workspace.index / "index.db").unlink()
+    with writing(workspace):  # the seal says that there is none
+        pass
 
 
 def statement(workspace: Workspace) -> dict[str, Any]:
