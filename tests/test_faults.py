@@ -229,7 +229,7 @@ DISK_CALLS = {
     "symlink_to", "hardlink_to", "makedirs", "remove", "truncate", "rmtree",
 }  # fmt: skip
 KEPT_FOR_GOOD = ("ledger", "objects", "versions", "keys", "vault", "masters", "rekey", "evidence", "rollback",
-                 "delta", "blocks", "states")  # fmt: skip
+                 "delta", "blocks", "states", "seals")  # fmt: skip
 """Modules whose files must survive a power cut; the others write scratch, or files for people."""
 ELSEWHERE = {
     ("versions", "mkdir"): "the folder that a version is restored into",

@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from histories import array_model, make_step, prepare_step, publish, start_history
+from histories import array_model, make_step, prepare_step, publish, reinstate, start_history
 from tampered.calls import Answer, takedown
 from tampered.scene import rechain, settle, sql
 from workspaces import copied
 
 from pipeline.evidence import decisions, evidence_of
 from pipeline.history import read_entries
-from pipeline.records import Evidence
+from pipeline.ledger import Ledger
+from pipeline.records import Event, Evidence
+from pipeline.requests import note
 from pipeline.states import request_states
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
@@ -127,6 +129,26 @@ def test_an_unreadable_ledger_is_named_first_and_the_rest_in_one_line(store: Wor
     assert found.code == 1
     assert [b["where"] for b in breaks] == ["ledger.db", "everything else"]
     assert "is not a readable ledger" in breaks[0]["found"] and "was not checked" in breaks[1]["found"]
+
+
+def test_who_asked_in_vain_for_a_reinstatement_and_why_is_shown(store: Workspace) -> None:
+    note(store, "countered", "TD-1", "tester", "licensed")
+    assert reinstate(store, "TD-1", again=["TD-2"], accepted=False) == 2
+    shown = call(store, "show TD-1").text
+    assert shown.startswith("TD-1: countered, excluded since v1")
+    assert "not-reinstated v2 by tester" in shown and 'reason: "licence shown"' in shown
+    assert "TD-1 (reinstated): did not come back." in shown and "not-reinstated" not in call(store, "show TD-2").text
+    assert "not-reinstated" in call(store, "log").text
+    (row,) = [r for r in json.loads(call(store, "export --json").out)["events"] if r["event"] == "not-reinstated"]
+    assert (row["request_id"], row["actor"], row["reason"]) == ("TD-1", "tester", "licence shown")
+    assert call(store, "verify").code == 0
+
+
+def test_a_seal_that_is_old_is_a_note(store: Workspace) -> None:
+    with Ledger.open(store.ledger) as ledger:
+        ledger.append(Event(kind="hold", actor="tester", request_id="TD-1"))
+    found = call(store, "verify")
+    assert found.code == 0 and "Note: the seal is of" in found.err
 
 
 def test_certificate_since_a_kept_checkpoint(store: Workspace) -> None:
