@@ -22,6 +22,7 @@ from flows.progress import bars
 from flows.reading import reading, state_words, storage_line
 from flows.scanning import scanning
 from flows.scores import score_table
+from flows.serving import serving
 from flows.terminal import Actor, Json, Reason, err, megabytes, number_of, opened, out, say, show_json, table
 from pipeline.approval import waiting
 from pipeline.display import plain
@@ -71,6 +72,7 @@ def choose(
 app.add_typer(reading)
 app.add_typer(scanning)
 app.add_typer(keeping)
+app.add_typer(serving)
 app.add_typer(approving)
 
 
@@ -190,8 +192,10 @@ def run_step(workspace: Workspace, requests: list[str] | None, actor: str, as_js
     prepare(workspace.root)
     quiet_libraries()
     with bars(err, "starting Prefect"):
+        from flows.liveness import reconcile
         from flows.takedown import takedown
 
+        reconcile(workspace.root)
         publication = takedown(str(workspace.root), requests, actor, wait_s, urgent=wait_s > 0)
     if publication is None:  # another process answered them in the meantime
         show_json({"outcome": "idle"}) if as_json else say("Nothing waits.")
@@ -424,8 +428,10 @@ def reinstate(
     prepare(workspace.root)
     quiet_libraries()
     with bars(err, "starting Prefect"):
+        from flows.liveness import reconcile
         from flows.takedown import reinstate as flow
 
+        reconcile(workspace.root)
         publication = flow(str(workspace.root), requests, actor, reason)
     if publication is None:
         listed = ", ".join(requests)

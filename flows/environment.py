@@ -5,6 +5,7 @@ In: a workspace. Out: environment variables, set before Prefect is first importe
 
 from __future__ import annotations
 
+import json
 import os
 import urllib.request
 from pathlib import Path
@@ -33,20 +34,39 @@ def server_answers(api_url: str, timeout_s: float = 3.0) -> bool:
         return False
 
 
+def prefect_home(workspace: Path) -> Path:
+    """Prefect's folder in a workspace; may be deleted at any time when nothing runs, without loss of evidence."""
+    return workspace / "prefect"
+
+
+def address_file(workspace: Path) -> Path:
+    """Where `takedown serve` notes the API address of the server that it runs."""
+    return prefect_home(workspace) / "server.json"
+
+
+def served_at(workspace: Path) -> str:
+    """The API address that `takedown serve` noted; empty where there is none. Whether it answers is another matter."""
+    try:
+        return str(json.loads(address_file(workspace).read_bytes())["api_url"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
 def prepare(workspace: Path) -> str:
     """Set the environment for runs of this workspace.
 
-    A server named by ``PREFECT_API_URL`` is used when it answers; else Prefect embeds its own. What the user has set
-    is left alone.
+    A server named by ``PREFECT_API_URL`` is used when it answers, else the one that `takedown serve` runs for this
+    workspace; else Prefect embeds its own. What the user has set is left alone.
 
     Returns:
         The server's API address, or ``embedded``.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("PREFECT_HOME", str(workspace / "prefect"))
-    api_url = os.environ.get("PREFECT_API_URL", "")
-    if api_url and server_answers(api_url):
-        return api_url
+    os.environ.setdefault("PREFECT_HOME", str(prefect_home(workspace)))
+    for api_url in (os.environ.get("PREFECT_API_URL", ""), served_at(workspace)):
+        if api_url and server_answers(api_url):
+            os.environ["PREFECT_API_URL"] = api_url
+            return api_url
     os.environ.pop("PREFECT_API_URL", None)
     return "embedded"

@@ -13,6 +13,8 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.liveness import alive
+from flows.runners import shares, side_by_side
 from pipeline import answers, approval, context, stages
 from pipeline.patience import writing_in_turn
 from pipeline.records import Evaluation, Publication
@@ -59,6 +61,12 @@ def dedupe(workspace: str, run_id: str) -> dict[str, str]:
 def screen(workspace: str, run_id: str) -> dict[str, int]:
     """Memorised passages of each request."""
     return {r.request_id: len(r.memorised) for r in stages.screen(workspace, run_id).requests}
+
+
+@task(**OPTIONS)
+def screen_some(workspace: str, run_id: str, requests: list[str]) -> int:
+    """Screen some of the requests; returns how many are memorised."""
+    return sum(bool(r.memorised) for r in stages.screen_some(workspace, run_id, requests))
 
 
 @task(**OPTIONS)
@@ -144,7 +152,8 @@ def takedown(
     Returns:
         What became of it; None when nothing waits.
     """
-    with writing_in_turn(open_workspace(Path(workspace)), wait_s, urgent):
+    opened = open_workspace(Path(workspace))
+    with alive(opened.root), writing_in_turn(opened, wait_s, urgent):
         return step(workspace, requests, actor)
 
 
@@ -181,7 +190,8 @@ def reinstate(workspace: str, requests: list[str], actor: str, reason: str) -> P
     Returns:
         What became of it; None where the version in force was not made without the texts: that is on record then.
     """
-    with writing(open_workspace(Path(workspace))):
+    opened = open_workspace(Path(workspace))
+    with alive(opened.root), writing(opened):
         run_id = plan_reinstatement(workspace, requests, actor, reason)
         if run_id is None:
             return None
@@ -194,6 +204,9 @@ def reinstate(workspace: str, requests: list[str], actor: str, reason: str) -> P
 def make_candidate(workspace: str, run_id: str) -> None:
     """The stages from the texts to the gate's decision; those that need weights to change only where they do."""
     dedupe(workspace, run_id)
+    runtime = open_workspace(Path(workspace)).settings().runtime
+    pieces = shares(open_run(workspace, run_id).plan.requests, runtime.workers)
+    side_by_side(screen_some, pieces, runtime, workspace=workspace, run_id=run_id)
     screen(workspace, run_id)
     if stages.needs_training(workspace, run_id):
         saliency(workspace, run_id)

@@ -7,7 +7,8 @@ texts are loaded where they are needed and travel nowhere. `flows/takedown.py` c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -33,6 +34,7 @@ from pipeline.dedupe import dedupe, exclude_retain
 from pipeline.errors import StoreDamaged
 from pipeline.evaluate import score_texts
 from pipeline.evidence import noted_exclusions
+from pipeline.files import make_folder
 from pipeline.gate import decide
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
@@ -140,35 +142,48 @@ def leave_out_stage(workspace_root: str, run_id: str) -> LeftOut:
 def screen(workspace_root: str, run_id: str) -> ScreenReport:
     """Find the passages that the model reproduces where the step starts; only those are unlearned."""
     run = open_run(workspace_root, run_id)
-    level = reference(workspace_root, run_id).level
     deduped = run.finished("dedupe", DedupeReport)
 
     def compute() -> ScreenReport:
-        model, tokenizer = start_model(run)
-        vault = open_vault(run.workspace)
-        above = min(level.mean + run.settings.screen.sigma * level.std, CERTAIN)
-        texts = {
-            name: passages_of(encode(tokenizer, name, vault.get(name).text), run.settings.passages)
-            for name in run.plan.requests
-        }
-        count = Counter("screen", len(texts))
-        found = []
-        for name, passages in texts.items():
-            scores = score_passages(model, passages, pad_id(tokenizer), run.settings.runtime.batch_tokens)
-            hit = [p.span for p, s in zip(passages, scores, strict=True) if s.hits > above * s.tokens]
-            found.append(
-                ScreenedRequest(
-                    request_id=name,
-                    passages=len(passages),
-                    memorised=tuple(hit),
-                    exact_memorisation=exact_memorisation(scores),
-                    longest_extraction=max((s.extraction for s in scores), default=0.0),
-                )
-            )
-            count.add()
-        return ScreenReport(level=level, memorised_above=above, requests=tuple(found))
+        found = screen_some(workspace_root, run_id, run.plan.requests)
+        level = reference(workspace_root, run_id).level
+        return ScreenReport(level=level, memorised_above=_memorised_above(run), requests=tuple(found))
 
     return run.stage("screen", ScreenReport, (deduped,), compute)
+
+
+def screen_some(workspace_root: str, run_id: str, requests: Sequence[str]) -> list[ScreenedRequest]:
+    """Screen some requests of a run, each by itself and kept by itself: several processes may share the work, and a
+    killed one leaves what it finished."""
+    run = open_run(workspace_root, run_id)
+    deduped, above, vault = run.finished("dedupe", DedupeReport), _memorised_above(run), open_vault(run.workspace)
+    make_folder(run.folder / "screened")
+    count = Counter("screen", len(requests))
+
+    def compute(name: str) -> ScreenedRequest:
+        model, tokenizer = start_model(run)
+        passages = passages_of(encode(tokenizer, name, vault.get(name).text), run.settings.passages)
+        scores = score_passages(model, passages, pad_id(tokenizer), run.settings.runtime.batch_tokens)
+        hit = [p.span for p, s in zip(passages, scores, strict=True) if s.hits > above * s.tokens]
+        return ScreenedRequest(
+            request_id=name,
+            passages=len(passages),
+            memorised=tuple(hit),
+            exact_memorisation=exact_memorisation(scores),
+            longest_extraction=max((s.extraction for s in scores), default=0.0),
+        )
+
+    found = []
+    for name in requests:
+        found.append(run.stage(f"screened/{name}", ScreenedRequest, (deduped,), partial(compute, name)))
+        count.add()
+    return found
+
+
+def _memorised_above(run: Run) -> float:
+    """A passage is memorised where the model predicts more than this share of it."""
+    level = reference(str(run.workspace.root), run.run_id).level
+    return min(level.mean + run.settings.screen.sigma * level.std, CERTAIN)
 
 
 def needs_training(workspace_root: str, run_id: str) -> bool:

@@ -6,9 +6,11 @@ lost, a text outside the vault, or torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import InvalidInput
+from pipeline.display import plain
+from pipeline.errors import InvalidInput, UsageError
 from pipeline.intake import TakedownBatch, read_batch
 from pipeline.ledger import Ledger
 from pipeline.records import Event, TakedownRequest
@@ -104,3 +106,28 @@ def submit_or_resume(workspace: Workspace, path: Path, actor: str) -> list[str]:
     with Ledger.open(workspace.ledger, read_only=True) as ledger:
         states = request_states(ledger.entries())
     return [r.request_id for r in batch.requests if states[r.request_id].to_do]
+
+
+def still_waiting(workspace: Workspace, batch_id: str, requests: Sequence[str]) -> list[str]:
+    """Those requests of a batch, and of a list, that still wait; what is answered is not asked again.
+
+    Args:
+        workspace: Where.
+        batch_id: A batch that was taken in; empty for none.
+        requests: Ids of requests that were taken in.
+
+    Raises:
+        UsageError: The batch or a request is not known.
+    """
+    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+        entries = ledger.entries()
+    states = request_states(entries)
+    unknown = [plain(name) for name in requests if name not in states]
+    if batch_id and batch_id not in known_batches(entries):
+        unknown.append(f"batch {plain(batch_id)}")
+    if unknown:
+        raise UsageError(
+            f"Not taken in: {', '.join(unknown)}. Put the batch file into {workspace.inbox}; where it was set aside, "
+            "the reason is in the folder rejected/ there."
+        )
+    return [n for n, s in states.items() if s.to_do and (n in requests or (batch_id and s.batch_id == batch_id))]

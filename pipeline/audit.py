@@ -1,0 +1,55 @@
+"""What an audit finds, as one record: breaks of the store, and texts measured again on the version in force.
+
+In: findings. Out: a report in ``reports/``. Never: a change of what is audited.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from pipeline.files import make_folder, write_json
+from pipeline.recheck import Rechecked
+from pipeline.records import Break, Record
+from pipeline.workspace import Workspace
+
+
+class Audit(Record):
+    """An audit.
+
+    Attributes:
+        at: When it ended.
+        version: The version in force, that was measured.
+        breaks: What does not hold, as `pipeline.verify` names it.
+        rechecked: Every text that this version excludes and that has passages to measure.
+    """
+
+    at: datetime
+    version: int
+    breaks: tuple[Break, ...]
+    rechecked: tuple[Rechecked, ...]
+
+    @property
+    def above(self) -> tuple[Rechecked, ...]:
+        """Texts that are above their limit."""
+        return tuple(r for r in self.rechecked if not r.within)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing was found."""
+        return not self.breaks and not self.above
+
+    def sentence(self) -> str:
+        """What was found, in one line."""
+        texts = f"{len(self.rechecked)} texts measured again on v{self.version}"
+        if self.sound:
+            return f"Everything holds; {texts}, none above its limit."
+        return f"{len(self.breaks)} breaks; {texts}, {len(self.above)} above their limits."
+
+
+def keep_audit(workspace: Workspace, audit: Audit) -> Path:
+    """Write the report; returns where it is."""
+    make_folder(workspace.reports)
+    path = workspace.reports / f"audit-{audit.at:%Y%m%dT%H%M%SZ}.json"
+    write_json(path, audit.model_dump(mode="json"))
+    return path

@@ -1,0 +1,81 @@
+"""Who is alive is a kernel lock: nothing that a dead process leaves is taken for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from prefect.client.schemas.objects import FlowRun, State, StateType
+
+from flows import liveness
+from flows.environment import prefect_home
+from flows.liveness import alive, only_one
+
+RUN = "01a22936-7ca9-707e-8695-bfa465d374d8"
+LIVE = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from flows import liveness
+liveness.flow_run = SimpleNamespace(id=sys.argv[2])
+with liveness.alive(Path(sys.argv[1])), liveness.only_one(Path(sys.argv[1]), "scheduled") as first:
+    print(first, flush=True)
+    time.sleep(600)
+"""
+
+
+def remembered(minutes: float) -> FlowRun:
+    """A run as Prefect remembers it, running for so long."""
+    since = datetime.now(UTC) - timedelta(minutes=minutes)
+    state: State[object] = State(type=StateType.RUNNING, timestamp=since)
+    return FlowRun.model_validate({"id": RUN, "flow_id": RUN, "state": state, "parameters": {}})
+
+
+def test_killed_process_is_dead_and_lets_the_next_one_go_on(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", LIVE, str(tmp_path), RUN], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "True\n"
+        path = prefect_home(tmp_path) / "alive" / RUN
+        assert path.is_file() and not liveness._is_dead(tmp_path, remembered(minutes=60))
+        with only_one(tmp_path, "scheduled") as first:
+            assert not first
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert path.is_file() and liveness._is_dead(tmp_path, remembered(minutes=0))
+    with only_one(tmp_path, "scheduled") as first:
+        assert first
+
+
+def test_run_without_a_file_may_still_be_starting(tmp_path: Path) -> None:
+    assert not liveness._is_dead(tmp_path, remembered(minutes=0.5))
+    assert liveness._is_dead(tmp_path, remembered(minutes=2))
+
+
+def test_file_goes_when_the_run_ends_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "flow_run", SimpleNamespace(id=RUN))
+    folder = prefect_home(tmp_path) / "alive"
+    with pytest.raises(RuntimeError, match="broke"), alive(tmp_path):
+        assert [p.name for p in folder.iterdir()] == [RUN]
+        raise RuntimeError("broke")
+    assert list(folder.iterdir()) == []
+
+
+def test_outside_of_a_flow_nothing_is_marked(tmp_path: Path) -> None:
+    with alive(tmp_path):
+        assert list((prefect_home(tmp_path) / "alive").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("named", "ours"), [("ws", True), ("ws/../ws", True), ("other", False), (None, False), (7, False)]
+)
+def test_runs_of_other_workspaces_are_left_alone(tmp_path: Path, named: object, ours: bool) -> None:
+    value = str(tmp_path / named) if isinstance(named, str) else named
+    run = remembered(minutes=60).model_copy(update={"parameters": {"workspace": value}})
+    assert liveness._belongs((tmp_path / "ws").resolve(), run) is ours
