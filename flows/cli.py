@@ -23,6 +23,7 @@ from flows.reading import reading, state_words, storage_line
 from flows.scanning import scanning
 from flows.scores import score_table
 from flows.serving import serving
+from flows.sharing import sharing
 from flows.terminal import Actor, Json, Reason, err, megabytes, number_of, opened, out, say, show_json, table
 from pipeline.approval import waiting
 from pipeline.display import plain
@@ -74,6 +75,7 @@ app.add_typer(scanning)
 app.add_typer(keeping)
 app.add_typer(serving)
 app.add_typer(approving)
+app.add_typer(sharing)
 
 
 # --- writing verbs ----------------------------------------------------------------------------------------
