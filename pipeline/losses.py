@@ -50,6 +50,52 @@ def sum_nll(predictions: Predictions) -> torch.Tensor:
     return (token_nll(predictions) * predictions.scored).sum()
 
 
+def sequence_nll(predictions: Predictions) -> torch.Tensor:
+    """-log p(continuation) of each row, summed over its scored positions, (B,) float32."""
+    return (token_nll(predictions) * predictions.scored).sum(1)
+
+
+def relabelled(predictions: Predictions, labels: torch.Tensor) -> Predictions:
+    """The same predictions with other labels at the scored positions; inputs stay the true text.
+
+    Args:
+        predictions: As `predict` returns them.
+        labels: (S,) int64, one for each scored position, row by row.
+    """
+    return predictions._replace(targets=predictions.targets.masked_scatter(predictions.scored, labels))
+
+
+def npo(nll: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
+    """-(2/β)·log σ(-β·(log p_θ(y) - log p_ref(y))) of each sequence (Zhang et al. 2404.05868, eq. 3).
+
+    Its gradient is that of ascent times a weight in (0, 2) that vanishes once the sequence is forgotten.
+
+    Args:
+        nll: (B,) -log p_θ(y), summed over the sequence.
+        reference: (B,) -log p_ref(y).
+        beta: Inverse temperature.
+
+    Returns:
+        (B,) float32.
+    """
+    return (2 / beta) * F.softplus(beta * (reference - nll))
+
+
+def simnpo(nll: torch.Tensor, tokens: torch.Tensor, beta: float, margin: float) -> torch.Tensor:
+    """-(2/β)·log σ(-(β/|y|)·log p_θ(y) - γ) of each sequence (Fan et al. 2410.07163, eq. 4); no reference model.
+
+    Args:
+        nll: (B,) -log p_θ(y), summed over the sequence.
+        tokens: (B,) its length |y|.
+        beta: Inverse temperature.
+        margin: γ.
+
+    Returns:
+        (B,) float32.
+    """
+    return (2 / beta) * F.softplus(margin - beta * nll / tokens)
+
+
 def unlikelihood(predictions: Predictions, floor: float) -> tuple[torch.Tensor, int]:
     """-Σ log(1 - p(target)) over the scored tokens still predicted with p > floor (Welleck et al. 1908.04319, eq. 5).
 

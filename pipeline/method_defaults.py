@@ -1,7 +1,8 @@
 """The methods that a run may use, and what each sets that differs from the product's defaults.
 
 Apart from the methods themselves, because settings are resolved where torch is not loaded. `pipeline.methods` has one
-entry for each name; what is set explicitly goes over what stands here.
+entry for each name; what is set explicitly goes over what stands here. Learning rates and lengths are the product's:
+those published belong to models of billions of weights.
 """
 
 from __future__ import annotations
@@ -9,16 +10,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-MethodName = Literal["ssu", "tv", "ga", "unlikelihood-kl"]
+MethodName = Literal[
+    "ssu", "ssu-paper", "ssu-no-mask", "ssu-no-random-labels", "tv",
+    "ga", "grad-diff", "grad-diff-general", "ga-kl", "ga-kl-general",
+    "random-labels", "salun", "adversarial",
+    "npo", "npo-kl", "npo-gd", "simnpo", "rmu", "unlikelihood-kl", "obliviate",
+]  # fmt: skip
 """What ``unlearn.method`` may be."""
 
-_PUBLISHED: Mapping[str, Any] = {"repair_iterations": 0, "random_label_weight": 0.0}
-"""A published method stands on its own: neither the product's repair nor SSU's random labels help it."""
+_PAPER: Mapping[str, Any] = {"anchor_weight": 0.0, "repair_iterations": 0}
+"""SSU as published has neither the product's anchor nor its repair; with ``calibrate.fixed_alpha = 1`` it is the
+paper's."""
+
+_ALONE: Mapping[str, Any] = {**_PAPER, "random_label_weight": 0.0, "masked": False}
+"""A method that is neither SSU nor looks at retain text."""
+
+_BESIDE: Mapping[str, Any] = {**_ALONE, "anchor_weight": 1.0}
+"""A method with a retain term of equal weight, as published."""
 
 METHOD_DEFAULTS: Mapping[MethodName, Mapping[str, Any]] = {
     "ssu": {},
-    "tv": {**_PUBLISHED, "masked": False, "anchor_weight": 0.0},
-    "ga": {**_PUBLISHED, "masked": False, "anchor_weight": 0.0},
-    "unlikelihood-kl": {**_PUBLISHED, "masked": False},
-}
+    "ssu-paper": _PAPER,
+    "ssu-no-mask": {**_PAPER, "masked": False},
+    "ssu-no-random-labels": {**_PAPER, "random_label_weight": 0.0},
+    "tv": _ALONE,
+    "ga": _ALONE,
+    "grad-diff": _BESIDE,
+    "grad-diff-general": _BESIDE,
+    "ga-kl": _BESIDE,
+    "ga-kl-general": _BESIDE,
+    "random-labels": _ALONE,
+    # The median of |gradient|, as in the published examples.
+    "salun": {**_BESIDE, "masked": True, "saliency_fraction": 0.5},
+    "adversarial": _ALONE,
+    "npo": _ALONE,
+    "npo-kl": _BESIDE,
+    "npo-gd": _BESIDE,
+    # Published as .1375 · forget + retain (TOFU); only the ratio matters to Adam.
+    "simnpo": {**_BESIDE, "anchor_weight": 7.27},
+    # α; published as 1200 for squared norms of a model of another scale. Here both terms are in units of that scale.
+    "rmu": {**_BESIDE, "anchor_weight": 100.0},
+    "unlikelihood-kl": {**_BESIDE, "anchor_weight": 4.0},
+    "obliviate": _ALONE,
+}  # fmt: skip
 """By method, keys of `pipeline.settings.UnlearnSettings`."""

@@ -72,6 +72,25 @@ class ScreenSettings(Section):
     """Its standard deviation."""
 
 
+class MethodSettings(Section):
+    """What single methods need beyond lengths and weights; the names say whose it is."""
+
+    npo_beta: float = Field(0.1, gt=0)
+    """Inverse temperature of NPO, on summed sequence log-likelihoods in nats; towards 0 it becomes gradient ascent."""
+    simnpo_beta: float = Field(2.5, gt=0)
+    """Inverse temperature of SimNPO, on mean token log-likelihoods in nats; published for TOFU."""
+    simnpo_margin: float = Field(0.0, ge=0)
+    """γ of SimNPO, in units of β·nats: how far the likelihood must fall before the force fades; 0 as published."""
+    rmu_depth: float = Field(0.25, gt=0, lt=1)
+    """Share of the blocks below the hidden state that RMU steers; published: block 7, counted from 0, of 32."""
+    rmu_steering: float = Field(5.0, gt=0)
+    """c of RMU as a multiple of the parent's mean hidden norm there: the published 6.5 to 300 fit one model each."""
+    obliviate_stride: int = Field(5, gt=0)
+    """Every this many tokens Obliviate takes the true one away; published: 5."""
+    obliviate_top_k: int = Field(10, gt=0)
+    """Tokens per position that share the probability in Obliviate's target; published: 5 to 10."""
+
+
 class UnlearnSettings(Section):
     """The method, its saliency mask, the fit of the task vector, the repair.
 
@@ -120,6 +139,8 @@ class UnlearnSettings(Section):
     repair_learning_rate: float = Field(3e-4, gt=0)
     repair_floor: float = Field(0.05, ge=0, lt=1)
     """Unlikelihood acts on tokens still predicted with more than this probability."""
+    method_settings: MethodSettings = MethodSettings()
+    """What only one method looks at."""
 
     @model_validator(mode="before")
     @classmethod

@@ -7,13 +7,13 @@ or in the factors of LoRA). Summing terms is summing calls, so that no more than
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from pipeline.anchor import Anchor, anchor_loss, build_anchor
+from pipeline.anchor import Anchor, anchor_loss
 from pipeline.fit import Fit, Trace
-from pipeline.losses import predict, sum_nll, unlikelihood
+from pipeline.losses import Predictions, predict, relabelled, sum_nll, unlikelihood
 from pipeline.passages import Passage, batches
 
 
@@ -34,6 +34,43 @@ def backward_ce(fit: Fit, passages: Sequence[Passage], weight: float, trace: Tra
     return total
 
 
+def backward_labels(fit: Fit, passages: Sequence[Passage], labels: Sequence[Sequence[int]], trace: Trace) -> float:
+    """Mean token cross-entropy of other labels than the true continuations; the inputs stay the true text.
+
+    Args:
+        labels: For each passage one label for each token of its continuation.
+    """
+    tokens = sum(map(len, labels))
+    total = 0.0
+    for batch in batches(passages, fit.max_tokens, fit.pad_id, device_of(fit)):
+        wanted = torch.tensor([label for row in batch.rows for label in labels[row]], device=batch.ids.device)
+        loss = sum_nll(relabelled(predict(fit.model, batch), wanted)) / tokens
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+        trace.tokens += batch.ids.numel()
+    return total
+
+
+def backward_sequences(
+    fit: Fit,
+    passages: Sequence[Passage],
+    loss_of: Callable[[Predictions, tuple[int, ...]], torch.Tensor],
+    trace: Trace,
+) -> float:
+    """Mean over passages of a loss that each has by itself.
+
+    Args:
+        loss_of: Predictions of a batch and the indices of its rows in ``passages`` → (B,) losses.
+    """
+    total = 0.0
+    for batch in batches(passages, fit.max_tokens, fit.pad_id, device_of(fit)):
+        loss = loss_of(predict(fit.model, batch), batch.rows).sum() / len(passages)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+        trace.tokens += batch.ids.numel()
+    return total
+
+
 def backward_unlikelihood(fit: Fit, passages: Sequence[Passage], weight: float, trace: Trace) -> tuple[float, int]:
     """weight · summed unlikelihood of the tokens that are still predicted; returns it with their number."""
     total, count = 0.0, 0
@@ -47,32 +84,27 @@ def backward_unlikelihood(fit: Fit, passages: Sequence[Passage], weight: float, 
     return total, count
 
 
-def retain_sample(fit: Fit, pool: Anchor, random_: random.Random) -> Anchor:
-    """The retain passages of one iteration: some of a pool, and as many of texts that are put back."""
-    part = pool.sample(fit.settings.anchor_passages, random_)
-    return part.joined(fit.put_back.sample(fit.settings.anchor_passages, random_))
-
-
 def backward_anchor(fit: Fit, pool: Anchor, random_: random.Random, trace: Trace) -> float:
-    """λ · mean over positions of KL(reference ‖ θ) on some passages of a pool; nothing is run where λ is 0."""
-    part = retain_sample(fit, pool, random_)
+    """λ · mean over positions of KL(reference ‖ θ) on some passages of a pool, and as many of texts put back."""
+    count = fit.settings.anchor_passages
+    part = pool.sample(count, random_)
+    part = part.joined(fit.put_back.sample(count, random_))
     if not fit.settings.anchor_weight or not part.passages:
         return 0.0
     trace.tokens += sum(len(p.ids) for p in part.passages)
     return anchor_loss(fit.model, part, fit.pad_id, fit.max_tokens, fit.settings.anchor_weight)
 
 
-def backward_retain_ce(fit: Fit, pool: Anchor, random_: random.Random, trace: Trace) -> float:
-    """λ · mean token cross-entropy of some retain passages of a pool: gradient descent on what is to be kept."""
-    part = retain_sample(fit, pool, random_)
-    if not fit.settings.anchor_weight or not part.passages:
+def backward_retain_ce(fit: Fit, pool: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
+    """λ · mean token cross-entropy of some passages of a pool, and as many of texts put back."""
+    part = some(fit, pool, random_)
+    if not fit.settings.anchor_weight or not part:
         return 0.0
-    return backward_ce(fit, part.passages, fit.settings.anchor_weight, trace)
+    return backward_ce(fit, part, fit.settings.anchor_weight, trace)
 
 
-def parent_anchor(fit: Fit, passages: Sequence[Passage]) -> Anchor:
-    """Retain passages with the predictions of the model as it stands, the parent when a method is prepared.
-
-    The reference of published methods; the product's own is v0, ``fit.anchor``, so that drift does not add up.
-    """
-    return build_anchor(fit.model, passages, fit.settings.anchor_top_k, fit.pad_id, fit.max_tokens)
+def some(fit: Fit, pool: Sequence[Passage], random_: random.Random) -> Sequence[Passage]:
+    """The retain passages of one iteration: of a pool, and as many of texts that are put back."""
+    count = fit.settings.anchor_passages
+    put_back = fit.put_back.sample(count, random_).passages
+    return [*random_.sample(pool, min(count, len(pool))), *put_back]

@@ -10,14 +10,26 @@ from collections.abc import Mapping
 
 from pipeline.fit import Fit, Trace
 from pipeline.method_defaults import MethodName
-from pipeline.methods.ascent import GA
+from pipeline.methods.ascent import GA, GA_KL, GA_KL_GENERAL, GRAD_DIFF, GRAD_DIFF_GENERAL
+from pipeline.methods.labels import ADVERSARIAL, RANDOM_LABELS, SALUN
 from pipeline.methods.method import Method
-from pipeline.methods.ssu import SSU, TV
+from pipeline.methods.obliviate import OBLIVIATE
+from pipeline.methods.preference import NPO, NPO_GD, NPO_KL, SIMNPO
+from pipeline.methods.rmu import RMU
+from pipeline.methods.ssu import NO_MASK, NO_RANDOM_LABELS, PAPER, SSU, TV
 from pipeline.methods.unlikelihood import UNLIKELIHOOD_KL
 from pipeline.sparse import Mask, Vector
 from pipeline.unlearn import fit_full
 
-METHODS: Mapping[MethodName, Method] = {method.name: method for method in (SSU, TV, GA, UNLIKELIHOOD_KL)}
+METHODS: Mapping[MethodName, Method] = {
+    method.name: method
+    for method in (
+        SSU, PAPER, NO_MASK, NO_RANDOM_LABELS, TV,
+        GA, GRAD_DIFF, GRAD_DIFF_GENERAL, GA_KL, GA_KL_GENERAL,
+        RANDOM_LABELS, SALUN, ADVERSARIAL,
+        NPO, NPO_KL, NPO_GD, SIMNPO, RMU, UNLIKELIHOOD_KL, OBLIVIATE,
+    )
+}  # fmt: skip
 """By name, in the order of a table."""
 
 

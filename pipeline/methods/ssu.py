@@ -7,7 +7,9 @@ mismatched ones after the same prompts.
 Deviations, each a setting: the fit is anchored on retain text by KL to v0 (``unlearn.anchor_weight``, 0 in the paper);
 mismatched pairs are drawn anew in every iteration, and never hold the truth.
 
-TV (Ilharco et al., arXiv 2212.04089, section 4: forgetting by negation) is the same loss with m = 1 and ε2 = 0.
+The variants are one loss under other settings (`pipeline.method_defaults`): the paper's without anchor and repair, and
+that without its mask or without its random labels. TV (Ilharco et al., arXiv 2212.04089, section 4:
+forgetting by negation) is the same loss with m = 1 and ε2 = 0.
 """
 
 from __future__ import annotations
@@ -51,5 +53,10 @@ def prepare(fit: Fit) -> Backward:
     return backward
 
 
-SSU = Method("ssu", "SSU", "Dou et al. 2406.10952, eq. 4", prepare, negated=True)
+_SOURCE = "Dou et al. 2406.10952, eq. 4"
+
+SSU = Method("ssu", "SSU, anchored and repaired", _SOURCE, prepare, negated=True)
+PAPER = Method("ssu-paper", "SSU (paper)", _SOURCE, prepare, negated=True)
+NO_MASK = Method("ssu-no-mask", "SSU without mask", _SOURCE, prepare, negated=True)
+NO_RANDOM_LABELS = Method("ssu-no-random-labels", "SSU without random labels", _SOURCE, prepare, negated=True)
 TV = Method("tv", "Task vector", "Ilharco et al. 2212.04089, section 4", prepare, negated=True)

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 
 from pipeline.fit import Backward, Fit, Trace
 from pipeline.methods.method import Method
+from pipeline.methods.retain import EVERY, chosen
 from pipeline.passages import Passage
 from pipeline.terms import backward_anchor, backward_unlikelihood
 
 
 def prepare(fit: Fit) -> Backward:
     """Mean unlikelihood + λ·KL(v0 ‖ θ)."""
+    chosen(fit, EVERY)  # refuses where there is nothing to hold on to
 
     def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
         tokens = sum(len(p.continuation) for p in passages)
