@@ -3,6 +3,9 @@
 In: a function α → (forget, earlier, utility). Out: α with the whole curve. A task vector is linear in α, so the
 strength can be bisected (METHODS section 3). The target is the level of never-seen text, for the request that is
 hardest to forget; easier ones may fall below it.
+
+For comparisons between methods `retained_mix` does the opposite, as UWC has it: fix what is kept, then compare what is
+forgotten.
 """
 
 from __future__ import annotations
@@ -89,3 +92,48 @@ def find_strength(
     chosen = min(good, key=lambda p: p.alpha) if good else max(cheap, key=lambda p: p.alpha)
     bounded = not good and any(not affordable(p) for p in points.values())
     return Strength(chosen, bool(good), bounded, tuple(points[a] for a in sorted(points)))
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How much of an unlearned model can be mixed in before retain performance falls.
+
+    Attributes:
+        share: a in (1 - a)·θ_p + a·θ_u.
+        retained: Retain performance there.
+        curve: Every (a, retain performance) measured, by rising a.
+    """
+
+    share: float
+    retained: float
+    curve: tuple[tuple[float, float], ...]
+
+
+def retained_mix(measure: Callable[[float], float], kept: float = 0.95, scan: int = 10, bisections: int = 6) -> Mix:
+    """UWC (Wang et al., arXiv 2406.09179, section 4): the largest a with ES_retain(θ(a)) ≥ τ·ES_retain(θ_p).
+
+    θ(a) = (1 - a)·θ_p + a·θ_u is the parent displaced by a times θ_u - θ_p, so that methods whose vector is negated
+    mix like all others. The released code leaves this search out. The curve need not be monotone: a grid is scanned
+    from a = 1 downwards, and the step in which retain performance falls is halved; what is returned was measured.
+
+    Args:
+        measure: Retain performance of θ(a), extraction strength in the paper; larger is better.
+        kept: τ.
+        scan: Steps of the grid.
+        bisections: Halvings of the step in which it falls; the share is exact to 1 / (scan · 2^bisections).
+    """
+    points: dict[float, float] = {}
+
+    def at(share: float) -> float:
+        if share not in points:
+            points[share] = measure(share)
+        return points[share]
+
+    floor = kept * at(0.0)
+    best = next(i for i in range(scan, -1, -1) if i == 0 or at(i / scan) >= floor)
+    low, high = best / scan, (best + 1) / scan
+    if best < scan:
+        for _ in range(bisections):
+            middle = (low + high) / 2
+            low, high = (middle, high) if at(middle) >= floor else (low, middle)
+    return Mix(low, points[low], tuple(sorted(points.items())))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.calibrate import Strength, find_strength
+from pipeline.calibrate import Strength, find_strength, retained_mix
 from pipeline.records import CurvePoint
 
 
@@ -142,3 +142,39 @@ def test_a_fixed_strength_is_taken_and_judged(fixed: float, reached: bool) -> No
     found = find_strength(curve, 0.3, 64.0, 8, 0.1, fixed=fixed)
     assert curve.tried == [0.0, fixed] and found.point.alpha == fixed and found.reached == reached
     assert [p.alpha for p in found.curve] == [0.0, fixed]
+
+
+# --- UWC --------------------------------------------------------------------------------------------------
+
+
+@given(edge=st.floats(0.0, 1.0), start=st.floats(0.1, 1.0), kept=st.floats(0.5, 1.0))
+def test_the_largest_share_that_keeps_enough(edge: float, start: float, kept: float) -> None:
+    """Performance holds up to an edge and then falls below the floor."""
+    found = retained_mix(lambda a: start if a <= edge else 0.4 * start, kept)
+    assert found.share <= edge < found.share + 1 / (10 * 2**6) + 1e-12 or found.share == edge == 1.0
+    assert found.retained == start and (found.share, start) in found.curve
+    assert [a for a, _ in found.curve] == sorted({a for a, _ in found.curve})
+
+
+@given(values=st.lists(st.floats(0.0, 1.0), min_size=200, max_size=200), kept=st.floats(0.5, 1.0))
+def test_on_any_curve_the_share_was_measured_and_none_larger_was_good(values: list[float], kept: float) -> None:
+    found = retained_mix(lambda a: values[round(a * 199)], kept)
+    floor = kept * values[0]
+    assert found.share == 0.0 or found.retained >= floor
+    assert all(value < floor for a, value in found.curve if a > found.share)
+
+
+def test_nothing_is_searched_where_the_whole_model_is_good_enough() -> None:
+    tried: list[float] = []
+
+    def measure(share: float) -> float:
+        tried.append(share)
+        return 1.0 - 0.04 * share
+
+    found = retained_mix(measure)
+    assert found.share == 1.0 and found.retained == pytest.approx(0.96) and tried == [0.0, 1.0]
+
+
+def test_a_model_that_keeps_nothing_is_not_mixed_in() -> None:
+    found = retained_mix(lambda a: float(a == 0))
+    assert found.share == 0.0 and found.retained == 1.0
