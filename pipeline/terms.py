@@ -16,22 +16,34 @@ from pipeline.fit import Fit, Trace
 from pipeline.losses import Predictions, predict, relabelled, sum_nll, unlikelihood
 from pipeline.passages import Passage, batches
 
+BatchLoss = Callable[[Predictions, Sequence[int]], torch.Tensor]
+"""Predictions of a batch and the indices of its rows among the passages → a scalar."""
+
 
 def device_of(fit: Fit) -> torch.device:
     """Where the model is."""
     return next(fit.model.parameters()).device
 
 
-def backward_ce(fit: Fit, passages: Sequence[Passage], weight: float, trace: Trace) -> float:
-    """weight · mean token cross-entropy of the continuations; a negative weight ascends."""
-    tokens = sum(len(p.continuation) for p in passages)
+def backward_sum(fit: Fit, passages: Sequence[Passage], share_of: BatchLoss, trace: Trace) -> float:
+    """A loss that is a sum over passages, one batch at a time.
+
+    Args:
+        share_of: Predictions of a batch and the indices of its rows in ``passages`` → its share of the loss, a scalar.
+    """
     total = 0.0
     for batch in batches(passages, fit.max_tokens, fit.pad_id, device_of(fit)):
-        loss = sum_nll(predict(fit.model, batch)) * (weight / tokens)
+        loss = share_of(predict(fit.model, batch), batch.rows)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
         trace.tokens += batch.ids.numel()
     return total
+
+
+def backward_ce(fit: Fit, passages: Sequence[Passage], weight: float, trace: Trace) -> float:
+    """weight · mean token cross-entropy of the continuations; a negative weight ascends."""
+    tokens = sum(len(p.continuation) for p in passages)
+    return backward_sum(fit, passages, lambda predictions, rows: sum_nll(predictions) * (weight / tokens), trace)
 
 
 def backward_labels(fit: Fit, passages: Sequence[Passage], labels: Sequence[Sequence[int]], trace: Trace) -> float:
@@ -41,34 +53,12 @@ def backward_labels(fit: Fit, passages: Sequence[Passage], labels: Sequence[Sequ
         labels: For each passage one label for each token of its continuation.
     """
     tokens = sum(map(len, labels))
-    total = 0.0
-    for batch in batches(passages, fit.max_tokens, fit.pad_id, device_of(fit)):
-        wanted = torch.tensor([label for row in batch.rows for label in labels[row]], device=batch.ids.device)
-        loss = sum_nll(relabelled(predict(fit.model, batch), wanted)) / tokens
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-        trace.tokens += batch.ids.numel()
-    return total
 
+    def share_of(predictions: Predictions, rows: Sequence[int]) -> torch.Tensor:
+        wanted = torch.tensor([label for row in rows for label in labels[row]], device=predictions.targets.device)
+        return sum_nll(relabelled(predictions, wanted)) / tokens
 
-def backward_sequences(
-    fit: Fit,
-    passages: Sequence[Passage],
-    loss_of: Callable[[Predictions, tuple[int, ...]], torch.Tensor],
-    trace: Trace,
-) -> float:
-    """Mean over passages of a loss that each has by itself.
-
-    Args:
-        loss_of: Predictions of a batch and the indices of its rows in ``passages`` → (B,) losses.
-    """
-    total = 0.0
-    for batch in batches(passages, fit.max_tokens, fit.pad_id, device_of(fit)):
-        loss = loss_of(predict(fit.model, batch), batch.rows).sum() / len(passages)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-        trace.tokens += batch.ids.numel()
-    return total
+    return backward_sum(fit, passages, share_of, trace)
 
 
 def backward_unlikelihood(fit: Fit, passages: Sequence[Passage], weight: float, trace: Trace) -> tuple[float, int]:

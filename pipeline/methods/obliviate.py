@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.fit import Backward, Fit, Trace
-from pipeline.losses import bucketed_kl, predict
+from pipeline.losses import Predictions, bucketed_kl, predict
 from pipeline.methods.method import Method
 from pipeline.passages import Passage, batches
-from pipeline.terms import device_of
+from pipeline.terms import backward_sum, device_of
 
 
 def targets_of(logits: torch.Tensor, true: torch.Tensor, stride: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,16 +60,12 @@ def prepare(fit: Fit) -> Backward:
 
     def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
         tokens = sum(len(p.continuation) for p in passages)
-        total = 0.0
-        for batch in batches(passages, fit.max_tokens, fit.pad_id, device):
-            logits, _, scored = predict(fit.model, batch)
-            ids = torch.cat([wanted[passages[i]][0] for i in batch.rows]).to(device)
-            logprobs = torch.cat([wanted[passages[i]][1] for i in batch.rows]).to(device)
-            loss = bucketed_kl(logits[scored], ids, logprobs).sum() / tokens
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-            trace.tokens += batch.ids.numel()
-        return total
+
+        def share_of(predictions: Predictions, rows: Sequence[int]) -> torch.Tensor:
+            ids, logprobs = (torch.cat([wanted[passages[i]][part] for i in rows]).to(device) for part in (0, 1))
+            return bucketed_kl(predictions.logits[predictions.scored], ids, logprobs).sum() / tokens
+
+        return backward_sum(fit, passages, share_of, trace)
 
     return backward
 

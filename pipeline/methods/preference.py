@@ -22,7 +22,7 @@ from pipeline.losses import Predictions, npo, predict, sequence_nll, simnpo
 from pipeline.methods.method import Method
 from pipeline.methods.retain import EVERY, Retain, descent, kl_to_parent, nothing
 from pipeline.passages import Passage, batches
-from pipeline.terms import backward_sequences, device_of
+from pipeline.terms import backward_sum, device_of
 
 
 def reference_nll(fit: Fit, passages: Sequence[Passage]) -> list[float]:
@@ -43,11 +43,12 @@ def negative_preference(retain: Retain) -> Callable[[Fit], Backward]:
         known = dict(zip(fit.forget, reference_nll(fit, fit.forget), strict=True))
 
         def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
-            def loss_of(predictions: Predictions, rows: tuple[int, ...]) -> torch.Tensor:
+            def share_of(predictions: Predictions, rows: Sequence[int]) -> torch.Tensor:
                 nll = sequence_nll(predictions)
-                return npo(nll, torch.tensor([known[passages[i]] for i in rows], device=nll.device), beta)
+                reference = torch.tensor([known[passages[i]] for i in rows], device=nll.device)
+                return npo(nll, reference, beta).sum() / len(passages)
 
-            return backward_sequences(fit, passages, loss_of, trace) + keep(random_, trace)
+            return backward_sum(fit, passages, share_of, trace) + keep(random_, trace)
 
         return backward
 
@@ -56,14 +57,15 @@ def negative_preference(retain: Retain) -> Callable[[Fit], Backward]:
 
 def prepare_simnpo(fit: Fit) -> Backward:
     """SimNPO + λ·CE_r."""
-    keep, chosen = descent(EVERY)(fit), fit.settings.method_settings
-
-    def loss_of(predictions: Predictions, rows: tuple[int, ...]) -> torch.Tensor:
-        tokens = predictions.scored.sum(1)
-        return simnpo(sequence_nll(predictions), tokens, chosen.simnpo_beta, chosen.simnpo_margin)
+    keep, settings = descent(EVERY)(fit), fit.settings.method_settings
 
     def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
-        return backward_sequences(fit, passages, loss_of, trace) + keep(random_, trace)
+        def share_of(predictions: Predictions, rows: Sequence[int]) -> torch.Tensor:
+            tokens = predictions.scored.sum(1)
+            loss = simnpo(sequence_nll(predictions), tokens, settings.simnpo_beta, settings.simnpo_margin)
+            return loss.sum() / len(passages)
+
+        return backward_sum(fit, passages, share_of, trace) + keep(random_, trace)
 
     return backward
 
