@@ -1,15 +1,28 @@
-"""What is done to the texts themselves: `takedown rekey`, `takedown erase`."""
+"""What is done to the texts themselves: `takedown rekey`, `erase`, `guard`."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
-from flows.reading import state_words
-from flows.terminal import Actor, Json, Reason, opened, say, show_json
+from flows.reading import checked_entries, state_words
+from flows.terminal import Actor, Json, Reason, megabytes, opened, outside, say, show_json
+from pipeline.display import plain
 from pipeline.erase import erase as destroy
+from pipeline.errors import UsageError
 from pipeline.rekey import rekey as change_key
 
 keeping = typer.Typer(rich_markup_mode=None)
+guarding = typer.Typer(
+    rich_markup_mode=None, no_args_is_help=True,
+    help="Block verbatim output of what waits and of what was taken out, where the model is served.",
+)  # fmt: skip
+keeping.add_typer(guarding, name="guard")
+
+SHOWN = 20
+"""Places of a text that are listed; ``--json`` has all."""
 
 
 @keeping.command()
@@ -48,3 +61,69 @@ def erase(context: typer.Context, request: str, reason: Reason, actor: Actor, as
         return
     say(f"{state.request_id}: {state_words(state)}. Backups may hold it still; `takedown rekey` and the end of the old "
         "master key make them useless.")  # fmt: skip
+
+
+@guarding.command("export")
+def export_guard(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the two files; a guard in it is replaced.")],
+    letters: Annotated[int, typer.Option("--letters", min=8, help="Letters of a run that must not be written.")] = 40,
+    fpr: Annotated[
+        float, typer.Option("--fpr", min=1e-12, max=0.5, help="Probability that a run is taken for one of them.")
+    ] = 1e-4,
+    as_json: Json = False,
+) -> None:
+    """Write a guard over everything that waits and everything that was taken out, for the server of the model.
+
+    No text can be listed from the files, but whoever has them can test guesses: keep them with the server. Export anew
+    after each batch. The server needs the modules pipeline.guard, pipeline.bloom and pipeline.errors:
+    generate(logits_processor=[Guard.load(DIR).processor(Spelling.of_letters(tokenizer))])
+
+    Example: takedown -w ws guard export --out ./guard
+    """
+    from pipeline.guard_export import export_guard as write_guard  # loads torch
+
+    workspace = opened(context)
+    made = write_guard(workspace, checked_entries(workspace), outside(workspace, folder), letters, fpr)
+    if as_json:
+        show_json(made)
+        return
+    say(f"Wrote {plain(str(folder), 2000)}: {made.requests:,} texts, {made.runs:,} runs of {made.letters} letters, "
+        f"{megabytes(made.nbytes)}; a run is taken for one of them with probability {made.fpr:g}.")  # fmt: skip
+    if made.short:
+        say(f"Shorter than a run, so not guarded: {', '.join(map(plain, made.short))}.")
+    if made.erased:
+        say(f"Erased, so not guarded: {', '.join(map(plain, made.erased))}.")
+
+
+@guarding.command("check")
+def check_guard(
+    file: Annotated[Path, typer.Argument(help="A text, UTF-8.")],
+    folder: Annotated[Path, typer.Option("--dir", help="Folder of the guard.")],
+    as_json: Json = False,
+) -> None:
+    """Find what a guard would have blocked in a text. Exit 1 if there is any. Needs no workspace.
+
+    Example: takedown guard check answer.txt --dir ./guard
+    """
+    from pipeline.guard import Guard  # loads torch
+    from pipeline.guard_export import guarded_ranges
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{plain(str(file), 2000)}: is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
+    guard = Guard.load(folder)
+    ranges = guarded_ranges(guard, text)
+    if as_json:
+        show_json({"letters": guard.n, "ranges": ranges})
+    elif ranges:
+        say(f"Blocked, of {guard.n} letters or more: {len(ranges):,} by characters:")
+        for start, end in ranges[:SHOWN]:
+            say(f"  {start:,}-{end:,}")
+        if len(ranges) > SHOWN:
+            say(f"  and {len(ranges) - SHOWN:,} more; --json has all.")
+    else:
+        say(f"No run of {guard.n} letters is blocked.")
+    if ranges:
+        raise typer.Exit(1)

@@ -95,12 +95,11 @@ def test_where_the_vault_cannot_be_asked_the_message_is_held_back(vault: Vault, 
 
 # --- in Prefect -------------------------------------------------------------------------------------------
 
-slow = pytest.mark.slow
-
 STAGE_NAMES = ["dedupe", "screen", "saliency", "unlearn", "repair", "merge", "evaluate", "gate"]
 
 
-@slow
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_canary_stays_in_the_vault_whatever_stage_fails(
     prefect: Prefect, fresh: Workspace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,7 +169,8 @@ def test_canary_stays_in_the_vault_whatever_stage_fails(
     assert looked_for() == [], "success"
 
 
-@slow
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_error_deep_inside_does_not_carry_a_text_to_prefect(
     prefect: Prefect, fresh: Workspace, capfd: pytest.CaptureFixture[str]
 ) -> None:
