@@ -6,6 +6,7 @@ computed, once with an exception that quotes the text; what is left is searched 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from typing import Any
 import prefects
 import pytest
 import workspaces
-from histories import array_model, entries_of, start_history
+from histories import array_model, entries_of, prepare_step, start_history
 from prefects import Prefect, latest_run, stored_by_prefect
 from workspaces import UNSEEN, WORKS, new_workspace, plain_record, take_in
 
 from pipeline.discreet import discreet, quotes
 from pipeline.errors import UsageError, Withheld
 from pipeline.ledger import Ledger
-from pipeline.runs import Run
+from pipeline.records import Verdict
+from pipeline.runs import Run, open_run
 from pipeline.states import request_states
 from pipeline.vault import Vault
 from pipeline.verify import verify
@@ -91,6 +93,24 @@ def test_where_the_vault_cannot_be_asked_the_message_is_held_back(vault: Vault, 
     assert not quotes(ValueError("x"), vault)
     (tmp_path / "ws" / "keys" / "vault.key").unlink()
     assert quotes(ValueError("x"), Vault(tmp_path / "ws" / "vault"))
+
+
+def test_a_stage_holds_back_what_quotes_a_request_and_writes_nothing(tmp_path: Path) -> None:
+    workspace = start_history(tmp_path / "ws", array_model(tmp_path / "model"))
+    take_in(workspace, "batch", {"A": f"Once upon a time. {CANARY}, and that was all."}, contact=CONTACT)
+    run_id = prepare_step(workspace, ["A"], submit=False)
+    run = open_run(workspace.root, run_id)
+    for message in (CANARY, CONTACT):
+
+        def fail(told: str = message) -> Verdict:
+            raise ValueError(told)
+
+        with pytest.raises(Withheld) as caught:
+            run.stage("new", Verdict, (), fail)
+        told = "".join(traceback.format_exception(caught.value))
+        assert "new: stopped by ValueError at test_canary.py" in told and not any(secret in told for secret in SECRETS)
+    assert not (run.folder / "new.json").exists()
+    assert workspaces.leaks(SECRETS, workspace.root, workspace.vault) == []
 
 
 # --- in Prefect -------------------------------------------------------------------------------------------

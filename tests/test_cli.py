@@ -241,6 +241,8 @@ def test_help_and_version(takedown: Takedown) -> None:
         "release",
         "withdraw",
         "counter",
+        "rekey",
+        "erase",
     )
     for verb in verbs:
         assert verb in page.out

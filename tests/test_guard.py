@@ -177,9 +177,10 @@ def generate(model: Path, tokenizer: Any) -> Any:
 
 def longest_run(text: str, source: str) -> int:
     """Most letters in a row of a text that stand in the source."""
-    found, whole, best = letters(text).tolist(), str(tuple(letters(source).tolist()))[1:-1], 0
+    found, whole = ("".join(map(chr, letters(t).tolist())) for t in (text, source))
+    best = 0
     for start in range(len(found)):
-        while start + best < len(found) and str(tuple(found[start : start + best + 1]))[1:-1].rstrip(",") in whole:
+        while start + best < len(found) and found[start : start + best + 1] in whole:
             best += 1
     return best
 
