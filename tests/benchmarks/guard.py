@@ -10,8 +10,8 @@ always), and while a guarded text is being recited, so that every token is looke
 greedily; the longest run of letters of the work in what it writes, without a guard, with MemFree over runs of ten
 tokens, and with runs of letters.
 
-**In the way**: the share of letters at which a run of the demo's works also ends in other works of the demo, by the
-length of the run: phrases that belong to nobody.
+**In the way**: the share of letters of the demo's other texts at which a run of its works ends, by the
+length of the run: phrases that belong to nobody, and quotations.
 """
 
 from __future__ import annotations
@@ -83,12 +83,15 @@ def through(folder: Path, lengths: Sequence[int]) -> dict[str, int]:
 
 
 def in_the_way(lengths: Sequence[int]) -> dict[int, float]:
-    """Share of letters of one half of the demo's works at which a run of the other half ends."""
-    texts = [path.read_text() for path in sorted((ROOT / "takedowns" / "demo").rglob("*.txt"))]
+    """Share of letters of the demo's other texts (not the copies) at which a run of its works ends."""
+    texts, general = (
+        [path.read_text() for name in names for path in sorted((ROOT / "takedowns" / "demo" / name).glob("*.txt"))]
+        for names in (("works",), ("general", "unseen"))
+    )
     found = {}
     for n in lengths:
-        guard = Guard.build_texts(texts[::2], n, 1e-9, seed=1)
-        others = [letters(text) for text in texts[1::2]]
+        guard = Guard.build_texts(texts, n, 1e-9, seed=1)
+        others = [letters(text) for text in general]
         found[n] = sum(len(guard.found(o)) for o in others) / sum(map(len, others))
     return found
 
