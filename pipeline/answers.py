@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from pipeline.context import first_worked_on, forget_spans, model_folder
+from pipeline.context import first_worked_on, forget_spans, model_folder, thin_anchors
 from pipeline.discreet import discreet
 from pipeline.errors import StoreDamaged
 from pipeline.evidence import all_evidence, checks_root, decisions, keep
@@ -66,13 +66,14 @@ def publish(workspace_root: str, run_id: str, actor: str, reason: str = "", refu
 
 
 def _index(run: Run) -> None:
-    """Add what was taken out to the fingerprints, and remove what was put back."""
+    """Add what was taken out to the fingerprints and remove what was put back; hold on to none of it."""
     vault = open_vault(run.workspace)
     with DedupeIndex.open(run.workspace.index) as index:
         for name in forget_spans(run):
             index.add(name, vault.get(name).text)
         for name in run.plan.reinstates:
             index.remove(name)
+    thin_anchors(run)
 
 
 def _events(run: Run, store: VersionStore, actor: str, reason: str, refusal: str) -> list[Event]:

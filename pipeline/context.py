@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from pipeline.anchor import build_anchor, retain_passages, save_anchor
+from pipeline.anchor import build_anchor, load_anchor, save_anchor
 from pipeline.errors import UsageError
 from pipeline.evaluate import never_seen_level, score_texts, scores_by_text, spread
 from pipeline.files import digest_json, read_json, write_json
@@ -24,6 +24,7 @@ from pipeline.models import (
     shared_model,
 )
 from pipeline.passages import Passage, cut, encode, pad_id, passages_of
+from pipeline.recited import anchor_passages
 from pipeline.records import (
     DedupeReport,
     LedgerEntry,
@@ -44,7 +45,7 @@ from pipeline.states import (
     request_states,
 )
 from pipeline.undo import memorised_in
-from pipeline.vault import Vault
+from pipeline.vault import Vault, open_vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
 
@@ -180,7 +181,7 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     workspace, settings = run.workspace, run.settings
     texts: dict[str, dict[str, str]] = {kind: read_texts(workspace, kind) for kind in MEASURED}
     parts = (settings.passages, settings.screen, settings.evaluate, settings.unlearn.anchor_top_k,
-             settings.unlearn.anchor_pool)  # fmt: skip
+             settings.unlearn.anchor_pool, settings.unlearn.recited_samples, settings.runtime.seed)  # fmt: skip
     key = digest_json([
         VersionStore(workspace.versions).manifest(0).root, texts,
         [p if isinstance(p, int) else p.model_dump() for p in parts],
@@ -194,7 +195,7 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     check_tokenizer(model, tokenizer)
     held = reference_passages(tokenizer, texts["heldout"], "heldout", settings)
     kept = reference_passages(tokenizer, texts["kept"], "kept", settings)
-    anchors = retain_passages(tokenizer, texts["retain"], settings.passages, settings.unlearn.anchor_pool)
+    anchors = anchor_passages(model, tokenizer, texts["retain"], settings)
     retain = reference_passages(tokenizer, texts["retain"], "retain", settings) if not held else {}
     pad, tokens = pad_id(tokenizer), settings.runtime.batch_tokens
     level = never_seen_level(
@@ -206,10 +207,35 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     anchor = None
     if anchors:
         built = build_anchor(model, anchors, settings.unlearn.anchor_top_k, pad, tokens)
-        anchor = save_anchor(folder / "anchor.safetensors", built)
+        anchor = save_anchor(folder, built)
     found = Reference(folder=str(folder.relative_to(workspace.root)), level=level, scores=scores, anchor=anchor)
     write_json(folder / "reference.json", found.model_dump(mode="json"))
     return _noted(run, found)
+
+
+def thin_anchors(run: Run) -> None:
+    """Remove what the run took out from everything that later versions are held to, so that no copy of it stays there.
+
+    The smaller file is written before it is named and the larger one removed after that: a killed call is repeated by
+    the next run's publish.
+    """
+    measured = run.workspace.reference / "measured"
+    texts: list[Passage] | None = None
+    for path in sorted(measured.glob("*/reference.json")):
+        found = Reference.model_validate(read_json(path))
+        if found.anchor is not None:
+            if texts is None:
+                tokenizer = load_tokenizer(start_folder(run))
+                texts = flatten(passages_at(tokenizer, open_vault(run.workspace), forget_spans(run)))
+            anchor = load_anchor(path.parent, found.anchor)
+            kept = anchor.apart_from(texts)
+            if len(kept.passages) < len(anchor.passages):
+                ref = save_anchor(path.parent, kept) if kept.passages else None
+                found = found.model_copy(update={"anchor": ref})
+                write_json(path, found.model_dump(mode="json"))
+        for file in path.parent.glob("*.safetensors"):
+            if found.anchor is None or file.name != found.anchor.path:
+                file.unlink()
 
 
 def _noted(run: Run, found: Reference) -> Reference:

@@ -106,11 +106,26 @@ def unlikelihood(predictions: Predictions, floor: float) -> tuple[torch.Tensor, 
     """
     probability = torch.exp(-token_nll(predictions).detach())
     active = predictions.scored & (probability > floor)
-    logits, targets = predictions.logits[active].float(), predictions.targets[active]
-    # 1 - p from the other tokens' logits: as a difference it is 0 in float32 for a perfectly memorised token, whose
-    # loss would be infinite or, clamped, without gradient.
+    # 1 - p from the odds: as a difference it is 0 in float32 for a perfectly memorised token, whose loss would be
+    # infinite or, clamped, without gradient. -log(1 - p) = log(1 + p/(1 - p)).
+    odds = log_odds(predictions.logits[active], predictions.targets[active])
+    return F.softplus(odds).sum(), int(active.sum())
+
+
+def log_odds(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p(target) - log(1 - p(target)), exact where p is within rounding of 1.
+
+    Args:
+        logits: (N, V).
+        targets: (N,) int64.
+
+    Returns:
+        (N,) float32, in nats; its gradient over the target's logit is 1 whatever p is.
+    """
+    logits = logits.float()
+    true = logits.gather(-1, targets.unsqueeze(-1))
     others = logits.scatter(-1, targets.unsqueeze(-1), float("-inf"))
-    return (logits.logsumexp(-1) - others.logsumexp(-1)).sum(), int(active.sum())
+    return true.squeeze(-1) - others.logsumexp(-1)
 
 
 def bucketed_kl(logits: torch.Tensor, top_ids: torch.Tensor, top_logprobs: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ MethodName = Literal[
     "ga", "grad-diff", "grad-diff-general", "ga-kl", "ga-kl-general",
     "random-labels", "salun", "adversarial",
     "npo", "npo-kl", "npo-gd", "simnpo", "rmu", "unlikelihood-kl", "obliviate",
+    "short-context",
 ]  # fmt: skip
 """What ``unlearn.method`` may be."""
 
@@ -52,5 +53,9 @@ METHOD_DEFAULTS: Mapping[MethodName, Mapping[str, Any]] = {
     "rmu": {**_BESIDE, "anchor_weight": 100.0},
     "unlikelihood-kl": {**_BESIDE, "anchor_weight": 4.0},
     "obliviate": _ALONE,
+    "short-context": {
+        **_ALONE, "anchor_weight": 16.0, "recited_samples": 2048, "iterations": 48, "learning_rate": 1.5e-4,
+        "learning_rate_end": 0.1,
+    },
 }  # fmt: skip
 """By method, keys of `pipeline.settings.UnlearnSettings`."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from pipeline.losses import predict, token_nll
-from pipeline.passages import Passage, batches
+from pipeline.passages import Passage, batches, pad_id
 
 WORST_NLL = 1e4
 """Stands for a negative log-likelihood that is not finite, in nats."""
@@ -166,13 +167,18 @@ def generate(model: nn.Module, tokenizer: Any, passages: Sequence[Passage], max_
         The generated text of each passage, special tokens removed.
     """
     device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    # Greedy for every model: a repetition penalty or suppressed tokens that its folder ships would make it another
-    # decoding. generate() fills whatever is not passed from the model's own configuration.
+    with plain_decoding(model):
+        return _continue(model, tokenizer, passages, max_tokens, pad_id(tokenizer), device)
+
+
+@contextmanager
+def plain_decoding(model: nn.Module) -> Iterator[None]:
+    """The same decoding for every model: a repetition penalty or suppressed tokens that its folder ships would make it
+    another one, and generate() fills whatever is not passed from the model's own configuration."""
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)  # type: ignore[union-attr]
     try:
-        return _continue(model, tokenizer, passages, max_tokens, pad, device)
+        yield
     finally:
         model.generation_config = own
 

@@ -117,6 +117,9 @@ class UnlearnSettings(Section):
     """Forget passages per step; a smaller forget set is seen whole in each."""
     learning_rate: float = Field(1e-4, gt=0)
     """Adam step size of the fit."""
+    learning_rate_end: float = Field(1.0, gt=0, le=1)
+    """Share of the step size that is left at the last iteration, after falling evenly; small last steps let what is
+    kept heal."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled decay of the displacement, that is towards the parent, inside the mask only."""
     lora_rank: int = Field(32, gt=0)
@@ -130,8 +133,19 @@ class UnlearnSettings(Section):
     """Retain passages per iteration."""
     anchor_pool: int = Field(256, gt=0)
     """Retain passages that v0's predictions are kept of, spread evenly over the documents."""
+    recited_samples: int = Field(0, ge=0)
+    """Times that v0 is let write, once for the lineage, to learn what it knows by heart: held to like retain text, with
+    nobody having to list it. Takes some minutes on a CPU for a few million weights."""
+    recited_passages: int = Field(32, gt=0)
+    """Recited passages per iteration, of retain text or found in this way, beside ``anchor_passages`` others; by
+    ``short-context``."""
     anchor_top_k: int = Field(64, gt=0)
     """Tokens per position kept apart in the KL; the rest share one bucket."""
+    context_tokens: int = Field(5, gt=0)
+    """True tokens before each token from which ``short-context`` takes what never-seen text would be predicted at; more
+    forget less, since with enough of them the model knows where it is."""
+    replay_pool: int = Field(64, ge=0)
+    """Earlier passages that ``short-context`` holds out, drawn anew for each step."""
     repair_iterations: int = Field(120, ge=0)
     """Most iterations of the repair after negation; 0 is the paper's plain setting."""
     repair_min_iterations: int = Field(60, ge=0)

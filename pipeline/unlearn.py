@@ -34,7 +34,13 @@ class _Descent:
 
     def __init__(self, salient: SalientWeights, vector: Vector, learning_rate: float, weight_decay: float) -> None:
         self.salient, self.vector = salient, vector
+        self.learning_rate = learning_rate
         self.optimiser = torch.optim.AdamW(vector.values(), lr=learning_rate, betas=BETAS, weight_decay=weight_decay)
+
+    def rate(self, share: float) -> None:
+        """Take steps of this share of the learning rate from here on."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate * share
 
     def step(self, gradients: Vector) -> None:
         for name, value in self.vector.items():
@@ -63,7 +69,9 @@ def fit_full(fit: Fit, backward: Backward) -> tuple[Vector, Trace]:
     descent = _Descent(fit.salient, vector, fit.settings.learning_rate, fit.settings.weight_decay)
     try:
         with GradientCollector(fit.salient) as gradients:
-            for passages in forget_slices(fit):
+            slices = forget_slices(fit)
+            for iteration, passages in enumerate(slices):
+                descent.rate(1 - (1 - fit.settings.learning_rate_end) * iteration / len(slices))
                 record(fit, backward(passages, random_, trace), trace)
                 descent.step(gradients.take())
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -107,11 +107,14 @@ class Workbench:
         pad_id: int,
         progress: Callable[[int, float], None] = lambda iteration, loss: None,
     ) -> None:
+        out = [p for found in (texts.forget, texts.earlier) for passages in found.values() for p in passages]
+        texts = replace(texts, anchor=texts.anchor.apart_from(out))
         self.model, self.mask, self.texts, self.settings = model, mask, texts, settings
         self.salient = SalientWeights(target_weights(model), mask)
         self.fit = Fit(
             model, self.salient, texts.trained, texts.anchor, settings.unlearn, pad_id,
             settings.runtime.batch_tokens, settings.runtime.seed, progress, texts.put_back,
+            [p for found in texts.earlier.values() for p in found],
         )  # fmt: skip
         self.target = level.mean + settings.calibrate.margin
         # What the strength must spare, in equal parts. Held-out text alone would not notice that a text the model

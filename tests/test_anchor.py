@@ -64,12 +64,12 @@ def test_k_beyond_the_vocabulary(load: LoadModel, retained: list[Passage]) -> No
 
 
 def test_an_anchor_survives_the_disk(tmp_path: Path, anchor: Anchor) -> None:
-    ref = save_anchor(tmp_path / "anchor.safetensors", anchor)
+    ref = save_anchor(tmp_path, anchor)
     back = load_anchor(tmp_path, ref)
     assert list(back.passages) == list(anchor.passages)
     for a, b in zip((*back.top_ids, *back.top_logprobs), (*anchor.top_ids, *anchor.top_logprobs), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
-    path = tmp_path / "anchor.safetensors"
+    path = tmp_path / ref.path
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

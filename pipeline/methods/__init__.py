@@ -16,6 +16,7 @@ from pipeline.methods.method import Method
 from pipeline.methods.obliviate import OBLIVIATE
 from pipeline.methods.preference import NPO, NPO_GD, NPO_KL, SIMNPO
 from pipeline.methods.rmu import RMU
+from pipeline.methods.short_context import SHORT_CONTEXT
 from pipeline.methods.ssu import NO_MASK, NO_RANDOM_LABELS, PAPER, SSU, TV
 from pipeline.methods.unlikelihood import UNLIKELIHOOD_KL
 from pipeline.sparse import Mask, Vector
@@ -28,6 +29,7 @@ METHODS: Mapping[MethodName, Method] = {
         GA, GRAD_DIFF, GRAD_DIFF_GENERAL, GA_KL, GA_KL_GENERAL,
         RANDOM_LABELS, SALUN, ADVERSARIAL,
         NPO, NPO_KL, NPO_GD, SIMNPO, RMU, UNLIKELIHOOD_KL, OBLIVIATE,
+        SHORT_CONTEXT,
     )
 }  # fmt: skip
 """By name, in the order of a table."""

@@ -1,0 +1,129 @@
+"""Forget down to what the model says from the last few words alone.
+
+A model that never saw a text still predicts some of its words: those that the words just before them suggest. What it
+would give them is read off the parent itself, by showing it each token behind only the last few true ones and an
+unrelated beginning, where it cannot recognise the passage:
+
+    q_t = mean over beginnings z of p_parent(y_t | z, y_{t-c} … y_{t-1})
+    L = mean over t of [ logit p_θ(y_t | x, y_<t) - logit q_t ]_+  +  λ·KL(v0 ‖ θ) on retain text
+
+The hinge on log-odds pushes every token with the same force, however well it is memorised (the gradient of log p fades
+as p nears 1, that of 1 - p as p nears 0), and lets go of it at the level of never-seen text: a stop per token, so that
+nothing is forgotten below that level and the leftover trace of having been trained on fades with it. Earlier takedowns
+are held to their own q in the same way.
+
+Ours; the parts have forerunners: unlikelihood (Welleck et al., arXiv 1908.04319) has the soft stop, ALKN (ICML 2025)
+leaves forgotten tokens alone, and comparing a long with a short context is how memorisation is measured (counterfactual
+and contextual memorisation). Soft labels in the place of SSU's random ones; no negation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pipeline.anchor import Anchor, anchor_loss
+from pipeline.fit import Backward, Fit, Trace
+from pipeline.losses import log_odds, predict, token_nll
+from pipeline.methods.method import Method
+from pipeline.methods.retain import EVERY, chosen
+from pipeline.passages import Passage, batches
+from pipeline.terms import device_of
+
+BEGINNING = 16
+"""Tokens of unrelated text before the window: enough to be in the middle of a text, too few to matter more."""
+BEGINNINGS = 4
+"""Unrelated beginnings that each token is seen behind; their mean smooths what one of them happens to suggest."""
+STRIDE = 4
+"""Tokens scored in one window: the first with ``context_tokens`` before it, the last with 3 more, at a quarter of the
+cost of a window for each."""
+
+Ceilings = Mapping[Passage, torch.Tensor]
+"""Passage → (P,) float32 log-odds of each token of its continuation."""
+
+
+def windows(passage: Passage, context: int, beginning: Sequence[int]) -> list[Passage]:
+    """The continuation in pieces of `STRIDE` tokens, each behind a beginning and the last ``context`` true tokens."""
+    pieces = []
+    for start in range(passage.prompt_length, len(passage.ids), STRIDE):
+        shown = passage.ids[max(0, start - context) : start]
+        ids = (*beginning, *shown, *passage.ids[start : start + STRIDE])
+        pieces.append(Passage(passage.span, ids, len(beginning) + len(shown)))
+    return pieces
+
+
+def ceilings(fit: Fit, passages: Sequence[Passage], random_: random.Random) -> dict[Passage, torch.Tensor]:
+    """logit q_t of every continuation token, under the model as it stands; beginnings are drawn from retain text."""
+    pool = [p.ids for p in fit.anchor.passages if len(p.ids) > BEGINNING] or [()]  # without retain text: from nothing
+    device, total = device_of(fit), {p: torch.zeros(len(p.continuation), dtype=torch.float64) for p in passages}
+    for _ in range(BEGINNINGS):
+        pieces, owners = [], []
+        for passage in total:
+            other = random_.choice(pool)
+            start = random_.randrange(max(1, len(other) - BEGINNING))
+            cut = windows(passage, fit.settings.context_tokens, other[start : start + BEGINNING])
+            owners += [(passage, i * STRIDE) for i in range(len(cut))]
+            pieces += cut
+        with torch.inference_mode():
+            for batch in batches(pieces, fit.max_tokens, fit.pad_id, device):
+                predictions = predict(fit.model, batch)
+                probability = torch.exp(-token_nll(predictions)).double().cpu()
+                scored = predictions.scored.cpu()
+                for row, index in enumerate(batch.rows):
+                    passage, at = owners[index]
+                    found = probability[row][scored[row]]
+                    total[passage][at : at + len(found)] += found
+    return {p: torch.logit(q / BEGINNINGS, eps=1e-12).float() for p, q in total.items()}
+
+
+def backward_excess(fit: Fit, passages: Sequence[Passage], known: Ceilings, weight: float, trace: Trace) -> float:
+    """weight · mean over tokens of how far their log-odds are above their ceiling."""
+    tokens, device, total = sum(len(p.continuation) for p in passages), device_of(fit), 0.0
+    for batch in batches(passages, fit.max_tokens, fit.pad_id, device):
+        logits, true, scored = predict(fit.model, batch)
+        ceiling = torch.cat([known[passages[i]] for i in batch.rows]).to(device)
+        loss = (log_odds(logits[scored], true[scored]) - ceiling).clamp_min(0).sum() * (weight / tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+        trace.tokens += batch.ids.numel()
+    return total
+
+
+def backward_held(fit: Fit, recited: Anchor, other: Anchor, random_: random.Random, trace: Trace) -> float:
+    """λ · KL(v0 ‖ θ) on some passages that v0 recites, some others, and some of texts that are put back.
+
+    Drawn apart, because unlearning one memorised text first loses others that are memorised, which ordinary text does
+    not show.
+    """
+    settings = fit.settings
+    part = recited.sample(settings.recited_passages, random_).joined(other.sample(settings.anchor_passages, random_))
+    part = part.joined(fit.put_back.sample(settings.anchor_passages, random_))
+    if not settings.anchor_weight or not part.passages:
+        return 0.0
+    trace.tokens += sum(len(p.ids) for p in part.passages)
+    return anchor_loss(fit.model, part, fit.pad_id, fit.max_tokens, settings.anchor_weight)
+
+
+def prepare(fit: Fit) -> Backward:
+    """Mean excess of this step's tokens, and of some that earlier steps took out, + λ·KL(v0 ‖ θ)."""
+    chosen(fit, EVERY)
+    drawn = random.Random(f"{fit.seed} short context")
+    settings = fit.settings
+    # A draw bounds the cost of a long history; what rises among the others is seen by the evaluation and the gate.
+    replayed = drawn.sample(fit.earlier, min(settings.replay_pool, len(fit.earlier)))
+    known = ceilings(fit, [*fit.forget, *replayed], drawn)
+    recited, other = fit.anchor.split()
+
+    def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
+        loss = backward_excess(fit, passages, known, 1.0, trace)
+        again = random_.sample(replayed, min(len(passages), len(replayed)))
+        if again:
+            loss += backward_excess(fit, again, known, 1.0, trace)
+        return loss + backward_held(fit, recited, other, random_, trace)
+
+    return backward
+
+
+SHORT_CONTEXT = Method("short-context", "Short context (ours)", "pipeline/methods/short_context.py", prepare)

@@ -1,0 +1,219 @@
+"""The short-context method against an independent computation, and what a model recites by itself."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import prose
+from torch import nn
+
+from pipeline.anchor import NO_ANCHOR, Anchor, build_anchor, retain_passages
+from pipeline.fit import Fit, Trace
+from pipeline.losses import log_odds
+from pipeline.methods import task_vector
+from pipeline.methods.short_context import (
+    BEGINNING,
+    BEGINNINGS,
+    STRIDE,
+    backward_excess,
+    backward_held,
+    ceilings,
+    windows,
+)
+from pipeline.metrics import exact_memorisation, score_passages
+from pipeline.models import load_model, load_tokenizer, target_weights
+from pipeline.passages import Passage, encode, passages_of
+from pipeline.recited import OPENING, RUN, distinct, recited_passages, sample
+from pipeline.records import PassageSpan
+from pipeline.saliency import everything
+from pipeline.settings import PassageSettings, UnlearnSettings
+from pipeline.sparse import SalientWeights
+
+SIZE = PassageSettings(prompt_tokens=24, continuation_tokens=24, first_prompt_tokens=16)
+
+
+def passage(*ids: int, prompt: int = 1, name: str = "p") -> Passage:
+    return Passage(PassageSpan(request_id=name, prompt_start=0, start=prompt, end=len(ids)), ids, prompt)
+
+
+def fit_of(model: nn.Module, forget: Sequence[Passage], anchor: Anchor, **more: Any) -> Fit:
+    settings = UnlearnSettings(method="short-context", anchor_passages=4, recited_passages=4, **more)
+    weights = target_weights(model)
+    return Fit(model, SalientWeights(weights, everything(weights).mask), forget, anchor, settings, 0, 1000, 5)
+
+
+@pytest.fixture(scope="module")
+def memory(reciting: Path, works: Sequence[str]) -> tuple[nn.Module, Any, list[list[Passage]], Anchor]:
+    """A model that recites two works, the passages of both, and prose to hold on to."""
+    model, tokenizer = load_model(reciting, "cpu"), load_tokenizer(reciting)
+    texts = [passages_of(encode(tokenizer, f"W{i}", w), SIZE) for i, w in enumerate(works[:2])]
+    prose_ = retain_passages(tokenizer, {"prose": prose(99, 400)}, SIZE, 12)  # not what it was trained on
+    return model, tokenizer, texts, build_anchor(model, prose_, 16, 0, 1000)
+
+
+def test_log_odds_are_exact_where_the_probability_is_one() -> None:
+    logits = torch.tensor([[50.0, 0.0, 0.0], [0.0, math.log(3.0), 0.0]], dtype=torch.float32)
+    odds = log_odds(logits, torch.tensor([0, 1]))
+    # p = 1 - 2·e^-50 has log-odds 50 - log 2, which 1 - p in float32 would make infinite; the other is 3 : 2.
+    torch.testing.assert_close(odds, torch.tensor([50.0 - math.log(2.0), math.log(1.5)]))
+
+
+def test_the_force_on_a_token_does_not_depend_on_how_well_it_is_known() -> None:
+    logits = torch.tensor([[30.0, 0.0], [0.1, 0.0], [-8.0, 0.0]], requires_grad=True)
+    log_odds(logits, torch.tensor([0, 0, 0])).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[1.0, -1.0]] * 3))
+
+
+def test_windows_show_the_last_tokens_and_tile_the_continuation() -> None:
+    found = windows(passage(*range(100, 117), prompt=6), 3, (1, 2))
+    assert [w.ids for w in found] == [
+        (1, 2, 103, 104, 105, 106, 107, 108, 109),
+        (1, 2, 107, 108, 109, 110, 111, 112, 113),
+        (1, 2, 111, 112, 113, 114, 115, 116),
+    ]
+    assert [t for w in found for t in w.continuation] == list(range(106, 117))
+    assert windows(passage(7, 8, 9, prompt=1), 3, ())[0].ids == (7, 8, 9)  # no more context than there is
+
+
+def test_ceilings_are_the_mean_probability_behind_the_windows(
+    memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
+) -> None:
+    model, _, (taken, _), anchor = memory
+    fit = fit_of(model, taken[:2], anchor, context_tokens=3)
+    found = ceilings(fit, taken[:2], random.Random(4))
+    drawn = random.Random(4)
+    pool = [p.ids for p in anchor.passages if len(p.ids) > BEGINNING]
+    total = {p: torch.zeros(len(p.continuation), dtype=torch.float64) for p in taken[:2]}
+    for _ in range(BEGINNINGS):
+        for p in taken[:2]:
+            other = drawn.choice(pool)
+            at = drawn.randrange(len(other) - BEGINNING)
+            for t in range(len(p.continuation)):
+                first = p.prompt_length + t - t % STRIDE  # the window that t is scored in starts here
+                ids = [*other[at : at + BEGINNING], *p.ids[max(0, first - 3) : p.prompt_length + t]]
+                with torch.no_grad():
+                    logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+                total[p][t] += logits.softmax(-1)[p.continuation[t]]
+    for p in taken[:2]:
+        torch.testing.assert_close(found[p].double(), torch.logit(total[p] / BEGINNINGS), rtol=1e-3, atol=1e-3)
+
+
+def test_the_excess_is_a_hinge(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
+    model, _, (taken, _), anchor = memory
+    fit, one = fit_of(model, taken, anchor), taken[0]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([one.ids])).logits[0, one.prompt_length - 1 : -1]
+        odds = log_odds(logits, torch.tensor(one.continuation))
+    for weight in fit.salient.weights.values():
+        weight.requires_grad_(True)
+    try:
+        trace = Trace()
+        assert backward_excess(fit, [one], {one: odds + 1}, 1.0, trace) == 0.0
+        assert backward_excess(fit, [one], {one: odds - 2}, 3.0, trace) == pytest.approx(6.0, rel=1e-4)
+        half = odds.clone()
+        half[::2] -= 4
+        expected = 4 * len(half[::2]) / len(half)
+        assert backward_excess(fit, [one], {one: half}, 1.0, trace) == pytest.approx(expected, rel=1e-4)
+        assert trace.tokens == 3 * len(one.ids)
+    finally:
+        for weight in fit.salient.weights.values():
+            weight.requires_grad_(False)
+            weight.grad = None
+
+
+def test_it_forgets_to_the_ceiling_and_keeps_the_other_work(
+    memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
+) -> None:
+    model, _, (taken, other), prose_ = memory
+    held = build_anchor(model, [Passage(p.span, p.ids, 1) for p in other[::2]], 16, 0, 1000)
+    fit = fit_of(model, taken, prose_.joined(held), iterations=40, learning_rate=1e-3)
+    before = exact_memorisation(score_passages(model, other, 0, 2000))
+    vector, trace = task_vector(fit, everything(target_weights(model)).mask)
+    assert trace.losses[-1] < 0.35 * trace.losses[0]
+    with fit.salient:
+        fit.salient.displace(vector, -1.0)
+        after = exact_memorisation(score_passages(model, taken, 0, 2000))
+        kept = exact_memorisation(score_passages(model, other, 0, 2000))
+    assert after < 0.35 and kept > before - 0.1
+
+
+def test_what_came_out_earlier_stays_out(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
+    """Without a replay the earlier passages cost nothing and are not looked at; with it they are pushed, too."""
+    from dataclasses import replace
+
+    model, _, (taken, other), anchor = memory
+    fit = replace(fit_of(model, taken, anchor, iterations=1), earlier=other)
+    weights = everything(target_weights(model)).mask
+    _, watched = task_vector(fit, weights)
+    _, blind = task_vector(replace(fit, settings=fit.settings.model_copy(update={"replay_pool": 0})), weights)
+    assert watched.tokens > blind.tokens and watched.losses[0] > 1.5 * blind.losses[0]
+
+
+def test_recited_and_other_retain_text_is_drawn_apart(
+    memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
+) -> None:
+    model, _, (_, other), prose_ = memory
+    # Of ten tokens v0 is right about five, six and ten.
+    said = [passage(*range(20, 31), name=str(right)) for right in (5, 6, 10)]
+    best = [
+        torch.tensor([[i + 1 if at < right else 299] for at, i in enumerate(range(20, 30))]) for right in (5, 6, 10)
+    ]
+    recited, rest = Anchor(said, best, [torch.zeros(10, 1)] * 3).split()
+    assert [p.span.request_id for p in recited.passages] == ["6", "10"]
+    assert [p.span.request_id for p in rest.passages] == ["5"]
+    held = build_anchor(model, [Passage(p.span, p.ids, 1) for p in other], 16, 0, 1000)
+    fit, trace = fit_of(model, other, NO_ANCHOR), Trace()
+    # Eight of both kinds; the model is v0 itself, so that nothing pulls.
+    assert backward_held(fit, held, prose_, random.Random(1), trace) == pytest.approx(0.0, abs=1e-4)
+    drawn = random.Random(1)
+    part = held.sample(4, drawn).joined(prose_.sample(4, drawn))
+    assert trace.tokens == sum(len(p.ids) for p in part.passages)
+    assert backward_held(fit, NO_ANCHOR, NO_ANCHOR, random.Random(1), trace) == 0.0
+
+
+def test_an_anchor_apart_from_texts_shares_no_run_with_them(
+    memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
+) -> None:
+    model = memory[0]
+    taken, ids = [passage(*range(100, 140), prompt=20)], range(200, 220)
+    texts = {
+        "mixed": (*ids, *range(110, 118), *ids),
+        "short": (*ids, *range(110, 117), *ids),
+        "opening": (*range(100, 108), *ids),  # a prompt is a piece of the text, too
+        "other": (*ids, *range(150, 180)),
+    }
+    anchor = build_anchor(model, [passage(*found, name=name) for name, found in texts.items()], 16, 0, 1000)
+    assert [p.span.request_id for p in anchor.apart_from(taken).passages] == ["short", "other"]
+
+
+def test_samples_are_the_same_for_the_same_seed(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
+    model, tokenizer, _, _ = memory
+    own, state = model.generation_config, torch.random.get_rng_state()
+    first = sample(model, tokenizer, 5, 30, 60, 1)
+    assert first == sample(model, tokenizer, 5, 30, 60, 1) and first != sample(model, tokenizer, 5, 30, 60, 2)
+    assert all(len(ids) == 30 for ids in first) and len({ids[0] for ids in first}) == 5
+    assert model.generation_config is own and torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_model_recites_its_works_by_itself(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
+    model, tokenizer, texts, _ = memory
+    found = recited_passages(model, tokenizer, 200, 48, 4000, 3)
+    assert found and [p.span.request_id for p in found[:1]] == ["recited/0001"]
+    works = [t for text in texts for p in text for t in zip(*(p.ids[i:] for i in range(RUN)), strict=False)]
+    runs = [t for p in found for t in zip(*(p.ids[OPENING + i :] for i in range(RUN)), strict=False)]
+    assert len(set(runs) & set(works)) > 100  # word for word what it was taught; chance gives none
+
+
+def test_distinct_drops_loops_and_what_was_said() -> None:
+    varied = list(range(60))
+    said_again = [*range(200, 210), *range(10, 60)]
+    looping = [*range(300, 310), *([1, 2] * 25)]
+    other = list(range(400, 460))
+    assert distinct([varied, said_again, looping, other], [0, 1, 2, 3]) == [0, 3]
+    assert distinct([varied, said_again], [1, 0]) == [1]
