@@ -38,6 +38,7 @@ from pipeline.keys import log_vkey
 from pipeline.records import LedgerEntry, VersionManifest
 from pipeline.rekey import rekey_notes
 from pipeline.report import render
+from pipeline.runs import undecided
 from pipeline.states import (
     TAKEN_OUT,
     RequestState,
@@ -93,8 +94,9 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     workspace = opened(context)
     entries = checked_entries(workspace)
     states, current = request_states(entries), current_version(entries)
+    held = [plan.run_id for plan in undecided(workspace, entries)]
     if as_json:
-        show_json({"current": current, "requests": list(states.values())})
+        show_json({"current": current, "requests": list(states.values()), "undecided": held})
         return
     say(f"Current version: v{current}")
     rows = [
@@ -110,6 +112,8 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     out.print(table("Requests", ("request", "state", "batch", "received", "excluded since"), rows))
     waiting = sum(s.to_do for s in states.values())
     say(f"{waiting} waiting." if waiting else "Nothing waits.")
+    for run_id in held:
+        say(f"{run_id} waits for approval; see takedown review.")
 
 
 def state_words(state: RequestState) -> str:

@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.liveness import alive
 from flows.runners import shares, side_by_side
+from flows.shown import progress_artifacts
 from pipeline import answers, approval, context, stages
 from pipeline.patience import writing_in_turn
 from pipeline.records import Evaluation, Publication
@@ -201,6 +202,7 @@ def reinstate(workspace: str, requests: list[str], actor: str, reason: str) -> P
         return finish(workspace, run_id, actor, reason)
 
 
+@progress_artifacts()
 def make_candidate(workspace: str, run_id: str) -> None:
     """The stages from the texts to the gate's decision; those that need weights to change only where they do."""
     dedupe(workspace, run_id)

@@ -235,6 +235,7 @@ def takedown(ws: Workspace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 
 
 def test_verbs(takedown: Takedown, ws: Workspace, run_id: str) -> None:
+    assert f"{run_id} waits for approval; see takedown review." in takedown("status")[1]
     code, out, _ = takedown("review")
     assert code == 0 and f"{run_id} waits for approval since" in out and "takes out B, C, from v1" in out
     assert [w["run_id"] for w in json.loads(takedown("review", "--json")[1])] == [run_id]
