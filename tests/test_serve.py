@@ -39,15 +39,15 @@ class Served:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self.log = workspace.root.with_name("serve.log")
+        self.log = workspace.root.with_name(f"serve-{len(list(workspace.root.parent.glob('serve-*')))}.log")
         home = str(workspace.root.with_name("home"))  # not the one of whoever runs the tests
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")}
         self.environment = environment | {"OMP_NUM_THREADS": "1", "HOME": home, "PYTHONUNBUFFERED": "1"}
-        with self.log.open("ab") as stream:
+        with self.log.open("wb") as stream:
             self.process = subprocess.Popen(
                 [*MAIN, "-w", str(workspace.root), "serve"], stdout=stream, stderr=stream, env=self.environment
             )
-        self.until(lambda: "Ctrl-C stops it." in self.log.read_text().split("Starting Prefect's server")[-1])
+        self.until(lambda: "Ctrl-C stops it." in self.log.read_text())
         self.api_url = served_at(workspace.root)
         self.server = int(json.loads(address_file(workspace.root).read_bytes())["pid"])
 
