@@ -75,8 +75,6 @@ def _on_ray(workers: int) -> TaskRunner[Any]:
     # No reports of use, and no token file in the home of whoever runs this.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    # 30 s, the default, is too short for a start on two busy cores.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
     from prefect_ray import RayTaskRunner
 
     address = os.environ.get("RAY_ADDRESS")
