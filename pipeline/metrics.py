@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from pipeline.losses import predict, token_nll
 from pipeline.passages import Passage, batches, pad_id
@@ -160,15 +160,24 @@ def extractable(log_probability: float, queries: int, chance: float) -> bool:
     return p_z >= 1.0 or queries * math.log1p(-p_z) <= math.log1p(-chance)
 
 
-def generate(model: nn.Module, tokenizer: Any, passages: Sequence[Passage], max_tokens: int) -> list[str]:
+def generate(
+    model: nn.Module, tokenizer: Any, passages: Sequence[Passage], max_tokens: int, processors: Sequence[Any] = ()
+) -> list[str]:
     """Continue each prompt greedily for as many tokens as its true continuation has.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        passages: Prompts with their continuations.
+        max_tokens: Most tokens in a forward pass.
+        processors: Logits processors, for what guards a model while it writes; none for the model itself.
 
     Returns:
         The generated text of each passage, special tokens removed.
     """
     device = next(model.parameters()).device
     with plain_decoding(model):
-        return _continue(model, tokenizer, passages, max_tokens, pad_id(tokenizer), device)
+        return _continue(model, tokenizer, passages, max_tokens, pad_id(tokenizer), device, processors)
 
 
 @contextmanager
@@ -184,7 +193,13 @@ def plain_decoding(model: nn.Module) -> Iterator[None]:
 
 
 def _continue(
-    model: nn.Module, tokenizer: Any, passages: Sequence[Passage], max_tokens: int, pad: int, device: torch.device
+    model: nn.Module,
+    tokenizer: Any,
+    passages: Sequence[Passage],
+    max_tokens: int,
+    pad: int,
+    device: torch.device,
+    processors: Sequence[Any],
 ) -> list[str]:
     texts = [""] * len(passages)
     order = sorted(range(len(passages)), key=lambda i: -len(passages[i].ids))
@@ -202,7 +217,7 @@ def _continue(
         with torch.inference_mode():
             out = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device), attention_mask=attention.to(device), do_sample=False, num_beams=1,
-                max_new_tokens=longest, pad_token_id=pad,
+                max_new_tokens=longest, pad_token_id=pad, logits_processor=LogitsProcessorList(processors),
             )  # fmt: skip
         for row, index in enumerate(rows):
             new = out[row, width : width + len(passages[index].continuation)].tolist()

@@ -79,6 +79,13 @@ class SalientWeights:
         for name, index in self.index.items():
             self._flat(name)[index] = self.origin[name].to(self.weights[name].dtype)
 
+    def moved(self) -> int:
+        """Number of weights that differ from the parent's as the model stands."""
+        return sum(
+            int((self._flat(name)[index] != self.origin[name].to(self.weights[name].dtype)).sum())
+            for name, index in self.index.items()
+        )
+
     def gather(self, name: str, dense: torch.Tensor) -> torch.Tensor:
         """The salient entries of a dense tensor, float32 (S,)."""
         return dense.reshape(-1)[self.index[name]].float()

@@ -75,6 +75,8 @@ def train(
     settings: TrainingSettings,
     seed: int = 0,
     progress: Callable[[int, float, float], None] = lambda step, loss, recited: None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    stop_after: int | None = None,
 ) -> float:
     """Train and save a model.
 
@@ -85,13 +87,15 @@ def train(
         settings: Size and length.
         seed: Seed of weights and order.
         progress: Called every ``check_every`` steps with step, mean loss and the least recited work's EM.
+        tokenizer: That of another model, which this one is to be compared with; else one is trained on the texts.
+        stop_after: Train for so many steps of the same schedule, whatever is recited then.
 
     Returns:
-        Exact memorisation of the least recited work.
+        Exact memorisation of the least recited work; 1 without works.
     """
     torch.manual_seed(seed)
     random_ = random.Random(seed)
-    tokenizer = train_tokenizer([*works, *prose], settings.vocabulary)
+    tokenizer = tokenizer or train_tokenizer([*works, *prose], settings.vocabulary)
     encoded = [encode(tokenizer, str(i), text) for i, text in enumerate(works)]
     stream = [token for text in prose for token in encode(tokenizer, "prose", text).ids]
     config = LlamaConfig(
@@ -104,11 +108,12 @@ def train(
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
     warm_up = 30
     recited, losses = 0.0, []
-    for step in range(1, settings.max_steps + 1):
+    last = stop_after or settings.max_steps
+    for step in range(1, last + 1):
         rate = min(step / warm_up, 0.5 * (1 + math.cos(math.pi * step / settings.max_steps)) + 0.05)
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * rate
-        recite = round(settings.batch * settings.recite_share)
+        recite = round(settings.batch * settings.recite_share) if works else 0
         windows = [_window(random_.choice(encoded).ids, settings.context, random_) for _ in range(recite)]
         windows += [_window(stream, settings.context, random_) for _ in range(settings.batch - recite)]
         longest = max(map(len, windows))
@@ -120,11 +125,11 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         losses.append(float(loss.detach()))
-        if step % settings.check_every == 0 or step == settings.max_steps:
+        if step % settings.check_every == 0 or step == last:
             recited = least_recited(model, tokenizer, encoded)
             progress(step, sum(losses) / len(losses), recited)
             losses.clear()
-            if recited >= settings.recited:
+            if recited >= settings.recited and stop_after is None:
                 break
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
