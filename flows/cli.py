@@ -5,8 +5,6 @@ Exit 0 fine · 1 the evidence or the gate says no · 2 wrong use · 3 interrupte
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +14,7 @@ from rich.text import Text
 
 import pipeline
 from flows.approving import approving, show_waiting
+from flows.benchmarking import benchmarking
 from flows.keeping import keeping
 from flows.overlaps import show_overlaps
 from flows.progress import bars
@@ -24,7 +23,20 @@ from flows.scanning import scanning
 from flows.scores import score_table
 from flows.serving import serving
 from flows.sharing import sharing
-from flows.terminal import Actor, Json, Reason, err, megabytes, number_of, opened, out, say, show_json, table
+from flows.terminal import (
+    Actor,
+    Json,
+    Reason,
+    err,
+    megabytes,
+    number_of,
+    opened,
+    out,
+    quiet_libraries,
+    say,
+    show_json,
+    table,
+)
 from pipeline.approval import waiting
 from pipeline.display import plain
 from pipeline.errors import TakedownError
@@ -76,6 +88,7 @@ app.add_typer(keeping)
 app.add_typer(serving)
 app.add_typer(approving)
 app.add_typer(sharing)
+app.add_typer(benchmarking)
 
 
 # --- writing verbs ----------------------------------------------------------------------------------------
@@ -222,17 +235,6 @@ def show_outcome(workspace: Workspace, publication: Publication, as_json: bool) 
         show_step(workspace, view)
     if publication.outcome == "refused":
         raise typer.Exit(1)
-
-
-def quiet_libraries() -> None:
-    """Keep the bars and notices of the libraries out of the terminal; errors stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("prefect").setLevel(logging.ERROR)
 
 
 def show_step(workspace: Workspace, view: Any) -> None:

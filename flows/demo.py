@@ -112,7 +112,7 @@ def main() -> None:
     # Prefect's own database is kept between demos: making it anew costs ten seconds.
     os.environ.setdefault("PREFECT_HOME", str(FOLDER / "prefect"))
     prepare(root)
-    from flows.cli import quiet_libraries
+    from flows.terminal import quiet_libraries
 
     quiet_libraries()
     from pipeline.lineage import start_lineage

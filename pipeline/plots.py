@@ -45,10 +45,20 @@ class Series:
     Attributes:
         name: Shown in the legend.
         values: One value per label; None leaves a gap.
+        spread: Half the length of each value's error bar, as long as ``values``; empty for none.
     """
 
     name: str
     values: Sequence[float | None]
+    spread: Sequence[float] = ()
+
+    def pairs(self) -> list[tuple[float | None, float]]:
+        """Each value with half the length of its error bar."""
+        return list(zip(self.values, self.spread or [0.0] * len(self.values), strict=True))
+
+    def reach(self) -> list[float]:
+        """All values, or the ends of their error bars."""
+        return [end for v, s in self.pairs() if v is not None for end in ((v - s, v + s) if s else (v,))]
 
 
 # --- the three figures ------------------------------------------------------------------------------------
@@ -119,8 +129,10 @@ def lines(
     low: float | None = None,
     high: float | None = None,
     width: float = 480.0,
+    limit_name: str = "limit",
+    x_name: str = "",
 ) -> str:
-    """Plot series over versions, evenly spaced, on a linear y axis.
+    """Plot series over versions or steps, evenly spaced, on a linear y axis.
 
     Args:
         labels: One per position, e.g. ``v3``.
@@ -131,8 +143,10 @@ def lines(
         low: Lowest value the axis must hold.
         high: Highest value likewise.
         width: Of the figure, in pixels.
+        limit_name: What the level is.
+        x_name: Caption of the x axis.
     """
-    shown = [v for s in series for v in s.values if v is not None]
+    shown = [v for s in series for v in s.reach()]
     if not labels or not shown:
         return sentence(title, "Nothing has been measured yet.")
     require_finite(title, [*shown, *(v for v in (limit, low, high) if v is not None)])
@@ -143,17 +157,22 @@ def lines(
     parts = [text_at(LEFT, 14, unit, bold=True), _legend(LEFT, 32, series), y_axis(y, LEFT, right)]
     if limit is not None:
         parts.append(rule(LEFT, y(limit), right, y(limit), ALARM, "7 4"))
-        parts.append(text_at(LEFT + 6, y(limit) - 5, f"limit {limit:.3f}", fill=ALARM, halo=True))
+        # Under the line where there is room: what is measured tends to lie above it.
+        under = y(limit) + 14 if y.start - y(limit) > 18 else y(limit) - 5
+        parts.append(text_at(LEFT + 6, under, f"{limit_name} {limit:.3f}", fill=ALARM, halo=True))
     for index, line in enumerate(series):
         if len(line.values) != len(labels):
             raise ValueError(f"{title}: series {line.name!r} has {len(line.values)} values for {len(labels)} labels")
         parts.append(_polyline(line, x, y, index, lambda i, v: f"{labels[i]}: {v:.4g}"))
+        parts.append(_error_bars(line, x, y, index))
     step = max(1, math.ceil(len(labels) * 40 / (right - LEFT)))
     parts.append(x_axis([(x[i], fit(labels[i], 40)) for i in range(0, len(labels), step)], 210, right))
     last = [(s.name, next((v for v in reversed(s.values) if v is not None), None)) for s in series]
     said = "; ".join(f"{name} {value:.4g}" for name, value in last if value is not None)
     description = f"{len(labels)} positions from {labels[0]} to {labels[-1]}. Last values: {said}."
-    return svg(width, 236, title, description, parts)
+    if x_name:
+        parts.append(text_at(right, 244, x_name, anchor="end", fill=MUTED))
+    return svg(width, 252 if x_name else 236, title, description, parts)
 
 
 _CELL_W, _CELL_H, _TOP = 56.0, 26.0, 26.0
@@ -298,6 +317,17 @@ def _polyline(line: Series, x: Sequence[float], y: Scale, index: int, hint: Call
     dash = f' stroke-dasharray="{DASHES[index % 4]}"' if DASHES[index % 4] else ""
     parts.append(f'<path d="{"".join(steps)}" fill="none" stroke="{COLOURS[index % 4]}" stroke-width="1.8"{dash}/>')
     return f'<g class="series-{index}">{"".join(parts)}{markers(points, index)}</g>'
+
+
+def _error_bars(line: Series, x: Sequence[float], y: Scale, index: int) -> str:
+    """A bar with caps through every value that has a spread."""
+    bars = [
+        f"M{place(x[i] - 3)},{place(y(value - spread))}h6M{place(x[i] - 3)},{place(y(value + spread))}h6"
+        f"M{place(x[i])},{place(y(value - spread))}V{place(y(value + spread))}"
+        for i, (value, spread) in enumerate(line.pairs())
+        if value is not None and spread
+    ]
+    return f'<path d="{"".join(bars)}" fill="none" stroke="{COLOURS[index % 4]}"/>' if bars else ""
 
 
 def _legend(x: float, y: float, series: Sequence[Series]) -> str:
