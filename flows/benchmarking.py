@@ -14,11 +14,11 @@ import typer
 
 from flows.progress import bars
 from flows.terminal import Json, err, out, quiet_libraries, say, show_json, table
+from pipeline.benchmark.overrides import ROWS
 from pipeline.display import plain
 from pipeline.errors import UsageError
 from pipeline.export import to_csv
 from pipeline.files import write_atomic
-from pipeline.method_defaults import METHOD_DEFAULTS
 
 if TYPE_CHECKING:
     from pipeline.benchmark.records import Results
@@ -38,7 +38,7 @@ def bench(
         ),
     ],
     folder: Annotated[Path, typer.Option("--out", help="Folder for results and finished work.")],
-    methods: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(METHOD_DEFAULTS)}.")] = "ssu",
+    methods: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(ROWS)}.")] = "ssu",
     seeds: Annotated[str, typer.Option(help="Comma-separated; three or more give error bars.")] = "0,1,2",
     retain: Annotated[Path | None, typer.Option(help="Folder of *.txt that methods may hold the model to.")] = None,
     kept: Annotated[Path | None, typer.Option(help="Folder of *.txt to keep; only ever measured.")] = None,
@@ -47,7 +47,11 @@ def bench(
         Path | None, typer.Option(help="Folder of *.txt of the same kind as what is taken down, never seen.")
     ] = None,
     settings: Annotated[
-        Path | None, typer.Option(help="A takedown.toml; what it sets holds for every method, its defaults below it.")
+        Path | None,
+        typer.Option(
+            help="A takedown.toml for every row, over its method's defaults; a table [methods.NAME] is for one row, "
+            "and makes a row of its own where NAME is no method."
+        ),
     ] = None,
     recipe: Annotated[
         Path | None,
@@ -70,6 +74,7 @@ def bench(
     from pipeline.benchmark.runner import Benchmark, run_benchmark
     from pipeline.benchmark.summary import CSV_COLUMNS, csv_rows
     from pipeline.methods import METHODS
+    from pipeline.methods.ssu_as_released import NAME, TITLE
 
     places = {"texts": texts, "retain": retain, "kept": kept, "heldout": heldout, "unseen": unseen}
     asked = Benchmark(
@@ -84,7 +89,7 @@ def bench(
     )
     with bars(err, "benchmark"):
         results = run_benchmark(asked)
-    titles: dict[str, str] = {name: method.title for name, method in METHODS.items()}
+    titles: dict[str, str] = {name: method.title for name, method in METHODS.items()} | {NAME: TITLE}
     tree = results.model_dump(mode="json")
     write_atomic(folder / "results.json", json.dumps(tree, indent=1).encode() + b"\n")
     write_atomic(folder / "results.csv", to_csv(CSV_COLUMNS, csv_rows(results)).encode())

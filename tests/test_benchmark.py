@@ -17,8 +17,9 @@ import pytest
 import torch
 import workspaces
 
-from pipeline.benchmark import processes, recipe, runner, sequence, tasks
+from pipeline.benchmark import processes, recipe, sequence, tasks
 from pipeline.benchmark.measure import compare, group_score, measure, membership, together
+from pipeline.benchmark.overrides import read_overrides
 from pipeline.benchmark.records import FIXED, UNDER_ATTACK, Finished, Inputs, Results, Screened
 from pipeline.benchmark.subject import load_subject, passages_in
 from pipeline.benchmark.texts import BenchText, read_texts, usable_retain
@@ -371,12 +372,42 @@ def test_wrong_calls_are_told_at_once(model: Path, inputs: Inputs, tmp_path: Pat
     assert not (tmp_path / "x/out").exists()
 
 
-def test_settings_of_a_method() -> None:
-    tree = {"unlearn": {"iterations": 3}, "runtime": {"device": "cpu"}}
-    found = runner.method_settings(tree, "ga", 7)
-    assert (found.unlearn.method, found.unlearn.iterations, found.runtime.seed) == ("ga", 3, 7)
-    assert not found.unlearn.masked and found.unlearn.repair_iterations == 0  # its own defaults
-    assert runner.method_settings(tree, "vanilla", 0).unlearn.method == "ssu"
+def test_settings_of_every_row(tmp_path: Path) -> None:
+    path = tmp_path / "takedown.toml"
+    path.write_text(
+        '[unlearn]\niterations = 3\n[runtime]\ndevice = "cpu"\n[methods.ssu-paper.calibrate]\nfixed_alpha = 1\n'
+        '[methods.ga-lora.unlearn]\nmethod = "ga"\nparameterisation = "lora"\niterations = 5\n'
+    )
+    found = read_overrides(path, ("ga", "ssu-paper", "ga-lora", "ssu-as-released"))
+    plain = found.settings("ga", 7)
+    assert (plain.unlearn.method, plain.unlearn.iterations, plain.runtime.seed) == ("ga", 3, 7)
+    assert not plain.unlearn.masked and plain.unlearn.repair_iterations == 0  # its own defaults
+    assert plain.calibrate.fixed_alpha is None and found.settings("ssu-paper", 0).calibrate.fixed_alpha == 1
+    lora = found.settings("ga-lora", 0).unlearn
+    assert (lora.method, lora.parameterisation, lora.iterations, lora.masked) == ("ga", "lora", 5, False)
+    assert found.settings("vanilla", 0).unlearn.method == "ssu"
+
+
+def test_all_problems_of_the_settings_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "takedown.toml"
+    path.write_text("[unlearn]\nnonsense = 1\n[methods.x.calibrate]\nfixed_alpha = -1\n")
+    with pytest.raises(InvalidInput) as caught:
+        read_overrides(path, ("ga", "x", "y"))
+    told = str(caught.value)
+    assert "ga: unlearn.nonsense" in told and "x: calibrate.fixed_alpha" in told and "--methods y: is no method" in told
+    for wrong in ("[unlearn", "unlearn = 3\n", "[methods]\nx = 3\n", "[methods.x]\nfixed_alpha = 1\n"):
+        path.write_text(wrong)
+        with pytest.raises(InvalidInput):
+            read_overrides(path, ("ga",))
+
+
+def test_the_released_code_is_a_row(
+    model: Path, inputs: Inputs, screened: tuple[Screened, Path], tmp_path: Path
+) -> None:
+    sequence.work(benchmarking.job(model, inputs, "ssu-as-released", screened[0]), tmp_path)
+    change = sequence.finished_rows(tmp_path)[-1].row.change
+    assert change is not None and change.reached is None and change.alpha == 1
+    assert change.changed > 0.5 * change.total  # its mask does not mask
 
 
 # --- the project's own models -----------------------------------------------------------------------------

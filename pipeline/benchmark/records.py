@@ -133,14 +133,14 @@ class Change(Record):
 
     Attributes:
         alpha: Strength of the last vector.
-        reached: Whether calibration met the target.
+        reached: Whether calibration met the target; None where nothing was calibrated.
         selected: Entries that the mask let change.
         changed: Entries that differ from before.
         total: Entries that the mask could choose from.
     """
 
     alpha: float
-    reached: bool
+    reached: bool | None
     selected: int
     changed: int
     total: int

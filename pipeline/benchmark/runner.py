@@ -6,14 +6,13 @@ so that a killed benchmark goes on, and one more method or seed costs only itsel
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from pipeline.benchmark.overrides import Overrides, read_overrides
 from pipeline.benchmark.processes import run_alone
 from pipeline.benchmark.recipe import read_recipe, train_both
 from pipeline.benchmark.records import (
@@ -33,11 +32,9 @@ from pipeline.benchmark.tasks import harness, run_tasks
 from pipeline.benchmark.texts import read_texts
 from pipeline.errors import InvalidInput, Problem
 from pipeline.files import digest_json, make_folder, read_json
-from pipeline.method_defaults import METHOD_DEFAULTS
 from pipeline.models import check_folder, find_model, software
 from pipeline.progress import Counter
 from pipeline.safefile import model_root
-from pipeline.settings import Settings, read_settings
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,10 @@ class Benchmark:
     Attributes:
         model: Folder or hub id; with a recipe a folder that is trained where it is missing.
         inputs: The texts.
-        methods: Names of `pipeline.methods.METHODS`, in the order of the table.
+        methods: Rows of `pipeline.benchmark.overrides`, in the order of the table.
         seeds: In order.
         out: Folder of the results and of finished jobs.
-        settings: A ``takedown.toml`` over each method's defaults, or None.
+        settings: See `pipeline.benchmark.overrides`; None for each method's defaults.
         recipe: A recipe by which the model and its reference are trained, or None.
         tasks: Names of lm-evaluation-harness.
     """
@@ -65,12 +62,6 @@ class Benchmark:
     tasks: Sequence[str] = ()
 
 
-def method_settings(tree: Mapping[str, Any], method: str, seed: int) -> Settings:
-    """The settings of one method and seed: its defaults, then what the file says, for all methods alike."""
-    unlearn = {**tree.get("unlearn", {}), **({"method": method} if method in METHOD_DEFAULTS else {})}
-    return Settings.model_validate({**tree, "unlearn": unlearn, "runtime": {**tree.get("runtime", {}), "seed": seed}})
-
-
 def run_benchmark(asked: Benchmark) -> Results:
     """Do what is asked for, or what is left of it.
 
@@ -79,7 +70,7 @@ def run_benchmark(asked: Benchmark) -> Results:
         EvidenceError: A step has nothing that the model reproduces.
         Interrupted: A process died; the same call goes on.
     """
-    _check(asked)
+    overrides = _check(asked)
     texts = read_texts(asked.inputs)
     if asked.tasks:
         harness()
@@ -92,7 +83,7 @@ def run_benchmark(asked: Benchmark) -> Results:
     else:
         model = find_model(asked.model)
     check_folder(model)
-    make = _Jobs(asked, model, model_root(model), texts.digest())
+    make = _Jobs(asked, overrides, model, model_root(model), texts.digest())
     first = asked.seeds[0]
     vanilla = make.job(VANILLA, first, None)
     jobs = [vanilla]
@@ -121,9 +112,9 @@ def run_benchmark(asked: Benchmark) -> Results:
 class _Jobs:
     """Makes jobs, and finds the folder of each."""
 
-    def __init__(self, asked: Benchmark, model: Path, root: str, inputs_digest: str) -> None:
-        self.asked, self.model, self.root, self.inputs_digest = asked, model, root, inputs_digest
-        self.tree = tomllib.loads(asked.settings.read_text(encoding="utf-8")) if asked.settings else {}
+    def __init__(self, asked: Benchmark, overrides: Overrides, model: Path, root: str, inputs_digest: str) -> None:
+        self.asked, self.overrides, self.model, self.root = asked, overrides, model, root
+        self.inputs_digest = inputs_digest
 
     def job(self, method: str, seed: int, screened: Screened | None, model: Path | None = None) -> Job:
         return Job(
@@ -132,7 +123,7 @@ class _Jobs:
             model_root=model_root(model) if model else self.root,
             inputs=self.asked.inputs,
             inputs_digest=self.inputs_digest,
-            settings=method_settings(self.tree, method, seed),
+            settings=self.overrides.settings(method, seed),
             screened=screened,
             software=software(),
             threads=torch.get_num_threads(),
@@ -146,28 +137,22 @@ class _Jobs:
         return folder
 
 
-def _check(asked: Benchmark) -> None:
-    """Find everything that is wrong with the call itself, before anything is read or trained."""
-    problems = [
-        Problem(f"--methods {name}", "is no method", f"Use some of {', '.join(METHOD_DEFAULTS)}.")
-        for name in asked.methods
-        if name not in METHOD_DEFAULTS
-    ]
+def _check(asked: Benchmark) -> Overrides:
+    """Find what is wrong with the call itself, before anything is read or trained; the settings of every row."""
+    problems = []
     for what, found in (("--methods", asked.methods), ("--seeds", asked.seeds)):
         if not found:
             problems.append(Problem(what, "names nothing", "Name at least one."))
         if len(set(found)) < len(found):
             problems.append(Problem(what, "names something twice", "Name each once."))
-    if asked.settings is not None:
-        if not asked.settings.is_file():
-            problems.append(Problem(str(asked.settings), "is missing", "Name a TOML file, or leave --settings out."))
-        else:
-            try:
-                read_settings(asked.settings)
-            except InvalidInput as error:
-                problems += error.problems
+    overrides = Overrides()
+    try:
+        overrides = read_overrides(asked.settings, asked.methods)
+    except InvalidInput as error:
+        problems += error.problems
     if problems:
         raise InvalidInput(problems)
+    return overrides
 
 
 def _collect(

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from pipeline.anchor import Anchor
 from pipeline.benchmark.cost import Meter
 from pipeline.benchmark.measure import Measured, group_score, measure, membership, together
+from pipeline.benchmark.overrides import AS_RELEASED
 from pipeline.benchmark.records import (
     AS_IT_IS,
     PERTURBED,
@@ -41,6 +42,7 @@ from pipeline.benchmark.subject import Subject, load_subject, screen
 from pipeline.errors import NumericalFailure
 from pipeline.evaluate import spread
 from pipeline.files import read_json, remove, write_json
+from pipeline.methods.ssu_as_released import Released, fit_as_released
 from pipeline.models import target_weights
 from pipeline.passages import Passage
 from pipeline.progress import Counter
@@ -55,6 +57,7 @@ from pipeline.recovery import (
     split_for_relearning,
     with_prompt,
 )
+from pipeline.saliency import everything
 from pipeline.sparse import checked, save_tensors
 from pipeline.workbench import StepTexts, Workbench, select_weights
 
@@ -173,7 +176,7 @@ def _take_down_all(job: Job, subject: Subject, screened: Screened, folder: Path)
         # So that a step draws the same whether or not the steps before it were done by this process.
         torch.manual_seed(seed * 1000 + number)
         with Meter(subject.model) as meter:
-            change = take_down(subject, screened, steps[:number], anchor)
+            change = take_down(subject, screened, steps[:number], anchor, job.method == AS_RELEASED)
         row = row_of(job.method, seed, steps, number, _measured(job, subject))
         row = row.model_copy(update={"change": change, "cost": meter.cost})
         weights = save_tensors(folder / f"weights-{number:03}.safetensors", target_weights(subject.model))
@@ -182,7 +185,9 @@ def _take_down_all(job: Job, subject: Subject, screened: Screened, folder: Path)
         count.add(note=steps[number - 1])
 
 
-def take_down(subject: Subject, screened: Screened, steps: Sequence[str], anchor: Anchor) -> Change:
+def take_down(
+    subject: Subject, screened: Screened, steps: Sequence[str], anchor: Anchor, as_released: bool = False
+) -> Change:
     """Take down the last of some steps; the model is changed as a published version would be.
 
     Args:
@@ -190,6 +195,7 @@ def take_down(subject: Subject, screened: Screened, steps: Sequence[str], anchor
         screened: The never-seen level.
         steps: Names of the steps so far, this one last.
         anchor: v0 on retain text.
+        as_released: Do as SSU's released code does instead of what the settings say: no mask, strength 1.
     """
     settings, model = subject.settings, subject.model
     forget = {f"{steps[-1]}/{name}": found for name, found in subject.steps[steps[-1]].items() if found}
@@ -200,20 +206,29 @@ def take_down(subject: Subject, screened: Screened, steps: Sequence[str], anchor
         anchor=anchor,
         held_out=subject.groups.get("heldout", ()),
     )
-    chosen = select_weights(model, texts.trained, settings, subject.pad)
+    chosen = (
+        everything(target_weights(model))
+        if as_released
+        else select_weights(model, texts.trained, settings, subject.pad)
+    )
     count = Counter("fit", 0)
     bench = Workbench(
         model, chosen.mask, texts, screened.level, settings, subject.pad,
         lambda iteration, loss: count.add(note=f"loss {loss:.3f}"),
     )  # fmt: skip
-    fitted = bench.fitted()
-    if bench.has_repair:
-        fitted = bench.repaired(fitted.vector, fitted.strength.point.alpha)
-    alpha = fitted.strength.point.alpha
-    bench.salient.displace(fitted.vector, -alpha)
+    if as_released:
+        # Its own learning rate is for models of 7 to 8 B, and would change nothing here.
+        released = Released(learning_rate=settings.unlearn.lora_learning_rate)
+        vector, alpha, reached = fit_as_released(bench.fit, released)[0], 1.0, None
+    else:
+        fitted = bench.fitted()
+        if bench.has_repair:
+            fitted = bench.repaired(fitted.vector, fitted.strength.point.alpha)
+        vector, alpha, reached = fitted.vector, fitted.strength.point.alpha, fitted.strength.reached
+    bench.salient.displace(vector, -alpha)
     return Change(
         alpha=alpha,
-        reached=fitted.strength.reached,
+        reached=reached,
         selected=sum(int(m.sum()) for m in chosen.mask.values()),
         changed=bench.salient.moved(),
         total=sum(m.numel() for m in chosen.mask.values()),

@@ -6,6 +6,7 @@ In: a job's folder and task names. Out: one score per task. Optional: ``pip inst
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,12 @@ def harness() -> tuple[Any, Any]:
         UsageError: It is not installed.
     """
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        return import_module("lm_eval").simple_evaluate, import_module("lm_eval.models.huggingface").HFLM
     except ImportError as error:
         raise UsageError(
             f"--tasks needs lm-evaluation-harness, which is not installed ({error}). "
             "Run pip install 'takedown-pipeline[bench]', or leave --tasks out."
         ) from error
-    return simple_evaluate, HFLM
 
 
 def run_tasks(job: Job, folder: Path, last: Finished | None, tasks: Sequence[str]) -> dict[str, float]:
