@@ -63,7 +63,9 @@ def bench(
     """Compare methods on a sequence of takedowns, measured after every step and under attack at the end.
 
     Writes results.json, results.csv and report.html into --out. Finished steps are kept there: a killed benchmark goes
-    on, and one more method or seed costs only itself.
+    on, and one more method or seed costs only itself. Where the program itself was changed, name a new folder.
+
+    A text counts where the untouched model reproduces it. Exit 1 where it reproduces nothing of a step.
 
     Example: takedown bench ./model ./steps --retain ./retain --kept ./kept --heldout ./heldout --unseen ./unseen
     --methods ssu,npo-kl --seeds 0,1,2 --out ./benchmark

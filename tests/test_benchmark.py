@@ -18,10 +18,12 @@ import torch
 import workspaces
 
 from pipeline.benchmark import processes, recipe, sequence, tasks
+from pipeline.benchmark.cost import Meter
 from pipeline.benchmark.measure import compare, group_score, measure, membership, together
 from pipeline.benchmark.overrides import read_overrides
 from pipeline.benchmark.records import FIXED, UNDER_ATTACK, Finished, Inputs, Results, Screened
 from pipeline.benchmark.subject import load_subject, passages_in
+from pipeline.benchmark.summary import privleak_reading
 from pipeline.benchmark.texts import BenchText, read_texts, usable_retain
 from pipeline.errors import EvidenceError, Interrupted, InvalidInput, NumericalFailure, StoreDamaged, UsageError
 from pipeline.files import read_json
@@ -324,17 +326,24 @@ def results(model: Path, inputs: Inputs, tmp_path_factory: pytest.TempPathFactor
         done = benchmarking.in_this_process(patch)
         out = tmp_path_factory.mktemp("whole") / "out"
         found = benchmarking.run(model, inputs, out, ("ssu", "ga"))
-        assert done == ["vanilla", "system-prompt", "ssu", "ga"]
+        assert done == ["vanilla", "system-prompt", "guard", "ssu", "ga"]
     return found, out
 
 
 def test_every_row_is_there(results: tuple[Results, Path]) -> None:
     found = results[0]
-    assert found.methods == ("vanilla", "system-prompt", "ssu", "ga")
+    assert found.methods == ("vanilla", "system-prompt", "guard", "ssu", "ga")
     assert found.steps == ("step-1", "step-2")
     assert [(r.method, r.seed, r.step) for r in found.rows] == [(m, 0, s) for m in found.methods for s in (1, 2)]
     assert [r.method for r in found.recovered] == list(found.methods)
-    assert {r.method for r in found.rows if r.change is None} == {"vanilla", "system-prompt"} < set(FIXED)
+    assert {r.method for r in found.rows if r.change is None} == {"vanilla", "system-prompt", "guard"} < set(FIXED)
+
+
+def test_behind_the_guard_only_what_is_taken_down_is_guarded(results: tuple[Results, Path]) -> None:
+    first = next(r for r in results[0].rows if (r.method, r.step) == ("guard", 1)).groups
+    assert first["this"].exact_memorisation is None
+    assert first["this"].longest_run is not None and first["later"].longest_run is not None
+    assert first["this"].longest_run < first["later"].longest_run  # still recited
 
 
 def test_what_is_done_is_not_done_again(
@@ -345,7 +354,7 @@ def test_what_is_done_is_not_done_again(
     assert done == []
     assert again == results[0]  # times included: they are those of the first run
     fewer = benchmarking.run(model, inputs, results[1], ("ga",))
-    assert done == [] and fewer.methods == ("vanilla", "system-prompt", "ga")
+    assert done == [] and fewer.methods == ("vanilla", "system-prompt", "guard", "ga")
 
 
 def test_texts_that_were_never_memorised_are_refused(
@@ -485,3 +494,45 @@ def test_tasks_get_the_unlearned_model(
     assert tasks.run_tasks(job, unlearned, last, ["hellaswag"]) == {"hellaswag": 0.5}
     old = target_weights(load_model(model, "cpu"))
     assert any(not torch.equal(weight, old[name]) for name, weight in target_weights(seen[0]).items())
+
+
+# --- cost -------------------------------------------------------------------------------------------------
+
+
+def test_cost_counts_tokens_and_memory(model: Path) -> None:
+    loaded = load_model(model, "cpu")
+    ids = torch.zeros((3, 7), dtype=torch.int64)
+    with Meter(loaded) as meter:
+        loaded(input_ids=ids)
+        loaded(ids)
+        del_me = torch.ones(20_000_000)  # 80 MB
+        del del_me
+    assert meter.cost.tokens == 42
+    assert meter.cost.rise_bytes > 70_000_000 and meter.cost.peak_bytes > meter.cost.rise_bytes
+    assert meter.cost.seconds > 0
+    loaded(input_ids=ids)
+    assert meter.cost.tokens == 42  # only what happens inside
+
+
+@pytest.mark.slow
+def test_the_retrained_reference_is_the_ideal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmarking.in_this_process(monkeypatch)
+    torch.set_num_threads(1)
+    inputs = benchmarking.write_inputs(tmp_path / "in")
+    (tmp_path / "recipe.toml").write_text(
+        "vocabulary = 1000\nwidth = 48\nlayers = 2\nheads = 4\nfeed_forward = 96\ncontext = 96\nbatch = 8\n"
+        "max_steps = 500\ncheck_every = 25\nlearning_rate = 6e-3\nrecited = 0.95\n"
+    )
+    found = benchmarking.run(tmp_path / "model", inputs, tmp_path / "x/out", ("ga",), recipe=tmp_path / "recipe.toml")
+    assert found.reference is not None and found.reference != found.model_root
+    assert found.methods[:2] == ("vanilla", "retrained")
+    last = {row.method: row.groups for row in found.rows if row.step == 2}
+    level = found.screened.level
+    never_saw = last["retrained"]["this"].exact_memorisation
+    assert never_saw is not None and abs(never_saw - level.mean) < 4 * level.std
+    kept = last["retrained"]["kept"].exact_memorisation
+    assert kept is not None and kept > 0.8  # it recites what it was trained on
+    read = privleak_reading(found)
+    leaks = {row.method: read(row) for row in found.rows if row.step == 2}
+    assert leaks["retrained"] == 0
+    assert leaks["vanilla"] is not None and leaks["vanilla"] < -50

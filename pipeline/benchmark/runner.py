@@ -16,6 +16,7 @@ from pipeline.benchmark.overrides import Overrides, read_overrides
 from pipeline.benchmark.processes import run_alone
 from pipeline.benchmark.recipe import read_recipe, train_both
 from pipeline.benchmark.records import (
+    GUARD,
     RETRAINED,
     SYSTEM_PROMPT,
     VANILLA,
@@ -27,7 +28,6 @@ from pipeline.benchmark.records import (
     Stopped,
 )
 from pipeline.benchmark.sequence import RECOVERED, SCREENED, STOPPED, finished, finished_rows
-from pipeline.benchmark.subject import refuse_unmemorised
 from pipeline.benchmark.tasks import harness, run_tasks
 from pipeline.benchmark.texts import read_texts
 from pipeline.errors import InvalidInput, Problem
@@ -90,10 +90,9 @@ def run_benchmark(asked: Benchmark) -> Results:
     if not finished(make.folder(vanilla)):
         run_alone(vanilla, make.folder(vanilla))
     screened = Screened.model_validate(read_json(make.folder(vanilla) / SCREENED))
-    refuse_unmemorised(screened)
     if reference is not None:
         jobs.append(make.job(RETRAINED, first, screened, reference))
-    jobs.append(make.job(SYSTEM_PROMPT, first, screened))
+    jobs += [make.job(SYSTEM_PROMPT, first, screened), make.job(GUARD, first, screened)]
     jobs += [make.job(method, seed, screened) for method in asked.methods for seed in asked.seeds]
     count = Counter("benchmark", len(jobs))
     for job in jobs:

@@ -10,8 +10,9 @@ The job's folder holds ``step-001.json`` … (`Finished`), the weights behind th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,13 +23,13 @@ from pipeline.benchmark.measure import Measured, group_score, measure, membershi
 from pipeline.benchmark.overrides import AS_RELEASED
 from pipeline.benchmark.records import (
     AS_IT_IS,
+    FIXED,
+    GUARD,
     PERTURBED,
     PREFIXED,
     RELATED,
     RELEARNT,
-    RETRAINED,
     SYSTEM_PROMPT,
-    VANILLA,
     Change,
     Finished,
     GroupScore,
@@ -38,10 +39,11 @@ from pipeline.benchmark.records import (
     Screened,
     Stopped,
 )
-from pipeline.benchmark.subject import Subject, load_subject, screen
+from pipeline.benchmark.subject import Subject, load_subject, refuse_unmemorised, screen
 from pipeline.errors import NumericalFailure
 from pipeline.evaluate import spread
 from pipeline.files import read_json, remove, write_json
+from pipeline.guard import Guard, GuardProcessor, Spelling
 from pipeline.methods.ssu_as_released import Released, fit_as_released
 from pipeline.models import target_weights
 from pipeline.passages import Passage
@@ -87,14 +89,14 @@ def work(job: Job, folder: Path) -> None:
     """Do a job, or what is left of it.
 
     Raises:
-        EvidenceError: Stored weights are damaged.
+        EvidenceError: A step has nothing that the untouched model reproduces, or stored weights are damaged.
     """
     if finished(folder):
         return
     subject = load_subject(job)
     screened = job.screened or _screened(subject, folder)
     subject = subject.memorised(screened)
-    if job.method in (VANILLA, RETRAINED, SYSTEM_PROMPT):
+    if job.method in FIXED:
         _measure_fixed(job, subject, folder)
     else:
         try:
@@ -104,13 +106,15 @@ def work(job: Job, folder: Path) -> None:
             stopped = Stopped(method=job.method, seed=job.settings.runtime.seed, step=step, reason=str(failure))
             write_json(folder / STOPPED, stopped.model_dump(mode="json"))
             return
-    attacks = _under_attack(job, subject)
+    # A guard leaves the weights as they are, and nothing is teacher-forced behind it: there is nothing to attack here.
+    attacks = {} if job.method == GUARD else _under_attack(job, subject)
     recovered = Recovered(method=job.method, seed=job.settings.runtime.seed, attacks=attacks)
     write_json(folder / RECOVERED, recovered.model_dump(mode="json"))
 
 
 def _screened(subject: Subject, folder: Path) -> Screened:
     found = screen(subject)
+    refuse_unmemorised(found)
     write_json(folder / SCREENED, found.model_dump(mode="json"))
     return found
 
@@ -118,13 +122,13 @@ def _screened(subject: Subject, folder: Path) -> Screened:
 # --- rows -------------------------------------------------------------------------------------------------
 
 
-def _measured(job: Job, subject: Subject) -> dict[str, Measured]:
-    """The model as it stands on every step and group."""
+def _measured(job: Job, subject: Subject, processors: Sequence[Any] = ()) -> dict[str, Measured]:
+    """The model as it stands on every step and group, behind logits processors where there are some."""
     groups = {f"step {name}": subject.of_step(name) for name in subject.steps} | dict(subject.groups)
     if job.method == SYSTEM_PROMPT:
         groups = {name: [_asked_not_to(subject, p) for p in passages] for name, passages in groups.items()}
     count = Counter("measure", sum(map(len, groups.values())))
-    return measure(subject.model, subject.tokenizer, groups, subject.max_tokens, count.add)
+    return measure(subject.model, subject.tokenizer, groups, subject.max_tokens, count.add, processors)
 
 
 def _asked_not_to(subject: Subject, passage: Passage) -> Passage:
@@ -132,7 +136,14 @@ def _asked_not_to(subject: Subject, passage: Passage) -> Passage:
     return with_prompt(subject.tokenizer, passage, subject.bos, ASKED_NOT_TO + prompt)
 
 
-def row_of(method: str, seed: int, steps: Sequence[str], step: int, measured: Mapping[str, Measured]) -> Row:
+def row_of(
+    method: str,
+    seed: int,
+    steps: Sequence[str],
+    step: int,
+    measured: Mapping[str, Measured],
+    before: Mapping[str, Measured] | None = None,
+) -> Row:
     """What stands in the table for a step.
 
     Args:
@@ -141,8 +152,10 @@ def row_of(method: str, seed: int, steps: Sequence[str], step: int, measured: Ma
         steps: All steps in order.
         step: 1 for the first.
         measured: ``step NAME`` and groups, as `_measured` has them.
+        before: The same of steps that are not taken down yet, where that is not what ``measured`` has.
     """
     by_step = [measured[f"step {name}"] for name in steps]
+    by_step[step:] = [(before or measured)[f"step {name}"] for name in steps[step:]]
     parts = {"this": by_step[step - 1 : step], "earlier": by_step[: step - 1], "later": by_step[step:]}
     parts |= {name: [measured[name]] for name in ("kept", "heldout", "unseen") if name in measured}
     return Row(
@@ -157,11 +170,22 @@ def row_of(method: str, seed: int, steps: Sequence[str], step: int, measured: Ma
 
 
 def _measure_fixed(job: Job, subject: Subject, folder: Path) -> None:
-    """A model whose weights stay: measured once, with a row for every step."""
+    """A model whose weights stay: measured once, with a row for every step.
+
+    Behind the guard everything taken down is guarded against, and what is not taken down yet is not.
+    """
     steps, seed = list(subject.steps), job.settings.runtime.seed
-    measured = _measured(job, subject)
+    guarded = job.method == GUARD
+    before = _measured(job, subject) if guarded else None
+    measured = _measured(job, subject, [_guard(subject)]) if guarded else _measured(job, subject)
     for number in range(1, len(steps) + 1):
-        _keep(folder, Finished(row=row_of(job.method, seed, steps, number, measured), weights=None))
+        _keep(folder, Finished(row=row_of(job.method, seed, steps, number, measured, before), weights=None))
+
+
+def _guard(subject: Subject) -> GuardProcessor:
+    """The product's guard over the texts of all steps."""
+    guard = Guard.build_texts(subject.works, seed=subject.settings.runtime.seed)
+    return guard.processor(Spelling.of_letters(subject.tokenizer))
 
 
 def _take_down_all(job: Job, subject: Subject, screened: Screened, folder: Path) -> None:
@@ -258,7 +282,10 @@ def _restore(subject: Subject, folder: Path, done: Finished) -> None:
 
 
 def _under_attack(job: Job, subject: Subject) -> dict[str, GroupScore]:
-    """The final model on all texts taken down, as it is and under every attack of `pipeline.recovery`."""
+    """The final model on all texts taken down, as it is and under every attack of `pipeline.recovery`.
+
+    An attack that breaks down is left out: a model that is not finite cannot be trained.
+    """
     taken = [passage for step in subject.steps for passage in subject.of_step(step)]
     if job.method == SYSTEM_PROMPT:
         taken = [_asked_not_to(subject, passage) for passage in taken]
@@ -266,10 +293,10 @@ def _under_attack(job: Job, subject: Subject) -> dict[str, GroupScore]:
     count = Counter("attack", len(attacks))
     found = {}
     for name, (changed, passages) in attacks.items():
-        with changed:
-            measured = measure(subject.model, subject.tokenizer, {name: passages}, subject.max_tokens)
-        found[name] = group_score(measured[name])
         count.add(note=name)
+        with suppress(NumericalFailure), changed:
+            measured = measure(subject.model, subject.tokenizer, {name: passages}, subject.max_tokens)
+            found[name] = group_score(measured[name])
     return found
 
 

@@ -7,7 +7,7 @@ stays out of memory longer than it is encoded.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Subject:
         steps: Step → request → passages; those that the untouched model reproduces, once that is known.
         groups: ``kept``, ``heldout``, ``unseen`` → passages.
         retain: What a method may hold the model to.
+        works: The texts of all steps.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Subject:
     steps: Mapping[str, Mapping[str, Sequence[Passage]]]
     groups: Mapping[str, Sequence[Passage]]
     retain: Mapping[str, str]
+    works: Sequence[str]
 
     @property
     def pad(self) -> int:
@@ -79,7 +81,7 @@ class Subject:
             step: {name: [found[i] for i in screened.requests[step][name].memorised] for name, found in texts.items()}
             for step, texts in self.steps.items()
         }
-        return Subject(self.model, self.tokenizer, self.settings, steps, self.groups, self.retain)
+        return replace(self, steps=steps)
 
 
 def load_subject(job: Job) -> Subject:
@@ -112,7 +114,7 @@ def load_subject(job: Job) -> Subject:
         }
         for step, requests in texts.steps.items()
     }
-    return Subject(model, tokenizer, settings, steps, groups, usable_retain(texts, settings.dedupe))
+    return Subject(model, tokenizer, settings, steps, groups, usable_retain(texts, settings.dedupe), texts.works())
 
 
 def _checked_texts(inputs: Inputs, digest: str) -> Any:
