@@ -271,6 +271,21 @@ def test_lines_break_at_gaps_and_differ_without_colour() -> None:
     assert {"forget", "kept", "limit 0.300", "v0", "v4"} <= set(texts(root))
 
 
+def test_lines_with_error_bars() -> None:
+    data = [Series("a", [0.5, None, 0.7], [0.2, 0.0, 0.0])]
+    root = parse(lines(["1", "2", "3"], data, "t", "u", limit_name="never seen", limit=0.1, x_name="after step"))
+    assert_inside(root)
+    ticks = y_of_ticks(root)
+    bars = [
+        p.attrib["d"] for p in root.iter(f"{SVG}path") if re.fullmatch(r"M[^M]+h6M[^M]+h6M[^M]+V[^M]+", p.attrib["d"])
+    ]
+    assert len(bars) == 1  # a value without a spread has none
+    low, high = (float(y) for y in re.findall(r"M[\d.]+,([\d.]+)h6", bars[0]))
+    assert low == pytest.approx(expected_y(0.3, ticks), abs=0.02)
+    assert high == pytest.approx(expected_y(0.7, ticks), abs=0.02)
+    assert {"never seen 0.100", "after step"} <= set(texts(root))
+
+
 def test_lines_of_many_versions_label_only_some() -> None:
     labels = [f"v{i}" for i in range(400)]
     root = parse(lines(labels, [Series("a", [0.1] * 400)], "t", "u"))

@@ -148,6 +148,7 @@ def test_displace_moves_the_mask_alone_and_restore_is_bit_exact(architecture: st
         for name, now in model.state_dict().items():
             moved = before[name] != now
             assert torch.equal(moved, mask.get(name, torch.zeros_like(moved)))
+        assert salient.moved() == sum(int(m.sum()) for m in mask.values())
         salient.displace(vector, 1e30)  # from the parent, not from where it stands
         salient.displace(vector, float("nan"))
         salient.displace(vector, 0.25)
@@ -155,6 +156,7 @@ def test_displace_moves_the_mask_alone_and_restore_is_bit_exact(architecture: st
             expected = (before[name].float()[m] + 2500).to(before[name].dtype)
             assert same_bits(weights[name].detach()[m], expected)
     assert all(same_bits(t, before[n]) for n, t in model.state_dict().items())
+    assert salient.moved() == 0
 
 
 def test_the_parent_returns_after_an_error(load: LoadModel) -> None:

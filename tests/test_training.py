@@ -62,6 +62,20 @@ def test_the_same_seed_gives_the_same_bytes(
     assert digest_file(tmp_path / "other/tokenizer.json") == digest_file(trained[0] / "tokenizer.json")
 
 
+def test_a_model_to_compare_with_takes_tokenizer_and_steps(
+    trained: tuple[Path, list[Any]], works: Sequence[str], tmp_path: Path
+) -> None:
+    other, told = load_tokenizer(trained[0]), list[int]()
+    recited = train([], [prose(3, 300)], tmp_path / "a", TINY, 5, lambda step, *_: told.append(step), other, 15)
+    assert told == [10, 15]  # whatever it recites: of no works everything
+    assert recited == 1
+    assert digest_file(tmp_path / "a/tokenizer.json") == digest_file(trained[0] / "tokenizer.json")
+    # The same schedule, stopped early: not a shorter one.
+    run(tmp_path / "b", works, 5)
+    train(works, [prose(3, 300)], tmp_path / "c", TINY, 5, stop_after=30)
+    assert digest_file(tmp_path / "b/model.safetensors") == digest_file(tmp_path / "c/model.safetensors")
+
+
 def test_the_folder_is_one_that_the_product_accepts(trained: tuple[Path, list[Any]], works: Sequence[str]) -> None:
     model, tokenizer = load_model(trained[0], "cpu"), load_tokenizer(trained[0])
     check_tokenizer(model, tokenizer)
