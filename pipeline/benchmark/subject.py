@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.anchor import NO_ANCHOR, Anchor, build_anchor, retain_passages
+from pipeline.anchor import NO_ANCHOR, Anchor, build_anchor
 from pipeline.benchmark.records import Inputs, Job, Screened, ScreenedText
 from pipeline.benchmark.texts import BenchText, read_texts, usable_retain
 from pipeline.errors import EvidenceError, UsageError
@@ -21,6 +21,7 @@ from pipeline.evaluate import never_seen_level, scores_by_text, spread
 from pipeline.metrics import exact_memorisation, score_passages
 from pipeline.models import check_tokenizer, load_model, load_tokenizer
 from pipeline.passages import Passage, encode, pad_id, passages_of, prompt_prefix
+from pipeline.recited import anchor_passages
 from pipeline.records import PassageSpan
 from pipeline.settings import PassageSettings, Settings
 
@@ -70,7 +71,7 @@ class Subject:
     def anchor(self) -> Anchor:
         """What the model as it stands says of the retain text; built at v0, before any step."""
         unlearn = self.settings.unlearn
-        passages = retain_passages(self.tokenizer, self.retain, self.settings.passages, unlearn.anchor_pool)
+        passages = anchor_passages(self.model, self.tokenizer, self.retain, self.settings)
         if not passages:
             return NO_ANCHOR
         return build_anchor(self.model, passages, unlearn.anchor_top_k, self.pad, self.max_tokens)
