@@ -43,6 +43,7 @@ class Fit:
         progress: Called after each iteration with its number and loss.
         put_back: Passages of reinstated texts with the predictions of the model that the step starts from, of which as
             many are held to as of retain passages; empty but in a reinstatement.
+        target: Exact memorisation that counts as forgotten.
         earlier: Passages that earlier steps took out, for methods that keep them out.
     """
 
@@ -56,6 +57,7 @@ class Fit:
     seed: int
     progress: Callable[[int, float], None] = lambda iteration, loss: None
     put_back: Anchor = NO_ANCHOR
+    target: float = 1.0
     earlier: Sequence[Passage] = ()
 
 

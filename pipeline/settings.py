@@ -141,9 +141,9 @@ class UnlearnSettings(Section):
     ``short-context``."""
     anchor_top_k: int = Field(64, gt=0)
     """Tokens per position kept apart in the KL; the rest share one bucket."""
-    context_tokens: int = Field(5, gt=0)
-    """True tokens before each token from which ``short-context`` takes what never-seen text would be predicted at; more
-    forget less, since with enough of them the model knows where it is."""
+    context_tokens: int = Field(8, gt=0)
+    """Most true tokens before each token from which ``short-context`` takes what never-seen text would be predicted at;
+    fewer are taken where the model still recognises the text from them."""
     replay_pool: int = Field(64, ge=0)
     """Earlier passages that ``short-context`` holds out, drawn anew for each step."""
     repair_iterations: int = Field(120, ge=0)

@@ -111,12 +111,12 @@ class Workbench:
         texts = replace(texts, anchor=texts.anchor.apart_from(out))
         self.model, self.mask, self.texts, self.settings = model, mask, texts, settings
         self.salient = SalientWeights(target_weights(model), mask)
+        self.target = level.mean + settings.calibrate.margin
         self.fit = Fit(
             model, self.salient, texts.trained, texts.anchor, settings.unlearn, pad_id,
-            settings.runtime.batch_tokens, settings.runtime.seed, progress, texts.put_back,
+            settings.runtime.batch_tokens, settings.runtime.seed, progress, texts.put_back, self.target,
             [p for found in texts.earlier.values() for p in found],
         )  # fmt: skip
-        self.target = level.mean + settings.calibrate.margin
         # What the strength must spare, in equal parts. Held-out text alone would not notice that a text the model
         # knows by heart, and is to keep, is lost.
         self.utility = [

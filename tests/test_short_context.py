@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import prose
 from torch import nn
+from workspaces import HELDOUT, WORKS
 
 from pipeline.anchor import NO_ANCHOR, Anchor, build_anchor, retain_passages
 from pipeline.fit import Fit, Trace
@@ -23,7 +25,9 @@ from pipeline.methods.short_context import (
     STRIDE,
     backward_excess,
     backward_held,
+    beginning,
     ceilings,
+    context_length,
     windows,
 )
 from pipeline.metrics import exact_memorisation, score_passages
@@ -35,7 +39,7 @@ from pipeline.saliency import everything
 from pipeline.settings import PassageSettings, UnlearnSettings
 from pipeline.sparse import SalientWeights
 
-SIZE = PassageSettings(prompt_tokens=24, continuation_tokens=24, first_prompt_tokens=16)
+SIZE = PassageSettings(prompt_tokens=16, continuation_tokens=16, first_prompt_tokens=8)
 
 
 def passage(*ids: int, prompt: int = 1, name: str = "p") -> Passage:
@@ -49,12 +53,23 @@ def fit_of(model: nn.Module, forget: Sequence[Passage], anchor: Anchor, **more: 
 
 
 @pytest.fixture(scope="module")
-def memory(reciting: Path, works: Sequence[str]) -> tuple[nn.Module, Any, list[list[Passage]], Anchor]:
-    """A model that recites two works, the passages of both, and prose to hold on to."""
-    model, tokenizer = load_model(reciting, "cpu"), load_tokenizer(reciting)
-    texts = [passages_of(encode(tokenizer, f"W{i}", w), SIZE) for i, w in enumerate(works[:2])]
-    prose_ = retain_passages(tokenizer, {"prose": prose(99, 400)}, SIZE, 12)  # not what it was trained on
-    return model, tokenizer, texts, build_anchor(model, prose_, 16, 0, 1000)
+def memory(model: Path) -> tuple[nn.Module, Any, list[list[Passage]], Anchor]:
+    """A model that recites short works, the passages of two of them, and text that it never saw to hold on to."""
+    torch.set_num_threads(1)
+    net, tokenizer = load_model(model, "cpu"), load_tokenizer(model)
+    texts = [passages_of(encode(tokenizer, name, WORKS[name]), SIZE) for name in ("one", "two")]
+    return net, tokenizer, texts, build_anchor(net, retain_passages(tokenizer, HELDOUT, SIZE, 12), 16, 0, 1000)
+
+
+@contextmanager
+def gradients(fit: Fit) -> Iterator[None]:
+    """While open, what is run leaves gradients, as inside a descent."""
+    for weight in fit.salient.weights.values():
+        weight.requires_grad_(True)
+    yield
+    for weight in fit.salient.weights.values():
+        weight.requires_grad_(False)
+        weight.grad = None
 
 
 def test_log_odds_are_exact_where_the_probability_is_one() -> None:
@@ -85,8 +100,8 @@ def test_ceilings_are_the_mean_probability_behind_the_windows(
     memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
 ) -> None:
     model, _, (taken, _), anchor = memory
-    fit = fit_of(model, taken[:2], anchor, context_tokens=3)
-    found = ceilings(fit, taken[:2], random.Random(4))
+    fit = fit_of(model, taken[:2], anchor)
+    found = ceilings(fit, taken[:2], 3, random.Random(4))
     drawn = random.Random(4)
     pool = [p.ids for p in anchor.passages if len(p.ids) > BEGINNING]
     total = {p: torch.zeros(len(p.continuation), dtype=torch.float64) for p in taken[:2]}
@@ -104,16 +119,32 @@ def test_ceilings_are_the_mean_probability_behind_the_windows(
         torch.testing.assert_close(found[p].double(), torch.logit(total[p] / BEGINNINGS), rtol=1e-3, atol=1e-3)
 
 
+def test_the_context_is_the_longest_that_the_text_is_not_recognised_from(
+    memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
+) -> None:
+    model, _, (taken, _), anchor = memory
+    fit = replace(fit_of(model, taken, anchor, context_tokens=12), target=0.5)
+
+    def recited(context: int) -> float:
+        drawn = random.Random(8)
+        pieces = [w for p in taken for w in windows(p, context, beginning(fit, drawn))]
+        return exact_memorisation(score_passages(model, pieces, 0, 1000))
+
+    assert recited(12) > 0.6 > 0.4 > recited(1)  # it makes a difference here
+    chosen = context_length(fit, random.Random(1))
+    assert 1 < chosen < 12 and recited(chosen - 1) < 0.55 and recited(chosen + 2) > 0.45
+    assert context_length(replace(fit, target=1.0), random.Random(1)) == 12
+    assert context_length(replace(fit, target=0.0), random.Random(1)) == 1
+
+
 def test_the_excess_is_a_hinge(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
     model, _, (taken, _), anchor = memory
     fit, one = fit_of(model, taken, anchor), taken[0]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([one.ids])).logits[0, one.prompt_length - 1 : -1]
         odds = log_odds(logits, torch.tensor(one.continuation))
-    for weight in fit.salient.weights.values():
-        weight.requires_grad_(True)
-    try:
-        trace = Trace()
+    trace = Trace()
+    with gradients(fit):
         assert backward_excess(fit, [one], {one: odds + 1}, 1.0, trace) == 0.0
         assert backward_excess(fit, [one], {one: odds - 2}, 3.0, trace) == pytest.approx(6.0, rel=1e-4)
         half = odds.clone()
@@ -121,10 +152,6 @@ def test_the_excess_is_a_hinge(memory: tuple[nn.Module, Any, list[list[Passage]]
         expected = 4 * len(half[::2]) / len(half)
         assert backward_excess(fit, [one], {one: half}, 1.0, trace) == pytest.approx(expected, rel=1e-4)
         assert trace.tokens == 3 * len(one.ids)
-    finally:
-        for weight in fit.salient.weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None
 
 
 def test_it_forgets_to_the_ceiling_and_keeps_the_other_work(
@@ -132,7 +159,8 @@ def test_it_forgets_to_the_ceiling_and_keeps_the_other_work(
 ) -> None:
     model, _, (taken, other), prose_ = memory
     held = build_anchor(model, [Passage(p.span, p.ids, 1) for p in other[::2]], 16, 0, 1000)
-    fit = fit_of(model, taken, prose_.joined(held), iterations=40, learning_rate=1e-3)
+    level = exact_memorisation(score_passages(model, prose_.passages, 0, 2000))
+    fit = replace(fit_of(model, taken, prose_.joined(held), iterations=40, learning_rate=2e-3), target=level + 0.02)
     before = exact_memorisation(score_passages(model, other, 0, 2000))
     vector, trace = task_vector(fit, everything(target_weights(model)).mask)
     assert trace.losses[-1] < 0.35 * trace.losses[0]
@@ -140,13 +168,11 @@ def test_it_forgets_to_the_ceiling_and_keeps_the_other_work(
         fit.salient.displace(vector, -1.0)
         after = exact_memorisation(score_passages(model, taken, 0, 2000))
         kept = exact_memorisation(score_passages(model, other, 0, 2000))
-    assert after < 0.35 and kept > before - 0.1
+    assert level < 0.45 and after < level + 0.05 and before > 0.85 and kept > before - 0.1
 
 
 def test_what_came_out_earlier_stays_out(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
     """Without a replay the earlier passages cost nothing and are not looked at; with it they are pushed, too."""
-    from dataclasses import replace
-
     model, _, (taken, other), anchor = memory
     fit = replace(fit_of(model, taken, anchor, iterations=1), earlier=other)
     weights = everything(target_weights(model)).mask
@@ -170,7 +196,8 @@ def test_recited_and_other_retain_text_is_drawn_apart(
     held = build_anchor(model, [Passage(p.span, p.ids, 1) for p in other], 16, 0, 1000)
     fit, trace = fit_of(model, other, NO_ANCHOR), Trace()
     # Eight of both kinds; the model is v0 itself, so that nothing pulls.
-    assert backward_held(fit, held, prose_, random.Random(1), trace) == pytest.approx(0.0, abs=1e-4)
+    with gradients(fit):
+        assert backward_held(fit, held, prose_, random.Random(1), trace) == pytest.approx(0.0, abs=1e-4)
     drawn = random.Random(1)
     part = held.sample(4, drawn).joined(prose_.sample(4, drawn))
     assert trace.tokens == sum(len(p.ids) for p in part.passages)
@@ -203,11 +230,11 @@ def test_samples_are_the_same_for_the_same_seed(memory: tuple[nn.Module, Any, li
 
 def test_a_model_recites_its_works_by_itself(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
     model, tokenizer, texts, _ = memory
-    found = recited_passages(model, tokenizer, 200, 48, 4000, 3)
+    found = recited_passages(model, tokenizer, 400, 32, 4000, 3)
     assert found and [p.span.request_id for p in found[:1]] == ["recited/0001"]
     works = [t for text in texts for p in text for t in zip(*(p.ids[i:] for i in range(RUN)), strict=False)]
     runs = [t for p in found for t in zip(*(p.ids[OPENING + i :] for i in range(RUN)), strict=False)]
-    assert len(set(runs) & set(works)) > 100  # word for word what it was taught; chance gives none
+    assert len(set(runs) & set(works)) > 5  # word for word what it was taught; chance gives none
 
 
 def test_distinct_drops_loops_and_what_was_said() -> None:

@@ -29,6 +29,7 @@ from pipeline.fit import Backward, Fit, Trace
 from pipeline.losses import log_odds, predict, token_nll
 from pipeline.methods.method import Method
 from pipeline.methods.retain import EVERY, chosen
+from pipeline.metrics import exact_memorisation, score_passages
 from pipeline.passages import Passage, batches
 from pipeline.terms import device_of
 
@@ -37,33 +38,61 @@ BEGINNING = 16
 BEGINNINGS = 4
 """Unrelated beginnings that each token is seen behind; their mean smooths what one of them happens to suggest."""
 STRIDE = 4
-"""Tokens scored in one window: the first with ``context_tokens`` before it, the last with 3 more, at a quarter of the
+"""Tokens scored in one window: the first with c true tokens before it, the last with 3 more, at a quarter of the
 cost of a window for each."""
 
 Ceilings = Mapping[Passage, torch.Tensor]
 """Passage → (P,) float32 log-odds of each token of its continuation."""
 
 
-def windows(passage: Passage, context: int, beginning: Sequence[int]) -> list[Passage]:
+def windows(passage: Passage, context: int, before: Sequence[int]) -> list[Passage]:
     """The continuation in pieces of `STRIDE` tokens, each behind a beginning and the last ``context`` true tokens."""
     pieces = []
     for start in range(passage.prompt_length, len(passage.ids), STRIDE):
         shown = passage.ids[max(0, start - context) : start]
-        ids = (*beginning, *shown, *passage.ids[start : start + STRIDE])
-        pieces.append(Passage(passage.span, ids, len(beginning) + len(shown)))
+        ids = (*before, *shown, *passage.ids[start : start + STRIDE])
+        pieces.append(Passage(passage.span, ids, len(before) + len(shown)))
     return pieces
 
 
-def ceilings(fit: Fit, passages: Sequence[Passage], random_: random.Random) -> dict[Passage, torch.Tensor]:
-    """logit q_t of every continuation token, under the model as it stands; beginnings are drawn from retain text."""
-    pool = [p.ids for p in fit.anchor.passages if len(p.ids) > BEGINNING] or [()]  # without retain text: from nothing
+def beginning(fit: Fit, random_: random.Random) -> Sequence[int]:
+    """A piece of retain text, drawn anew at each call; nothing where there is none."""
+    pool = [p.ids for p in fit.anchor.passages if len(p.ids) > BEGINNING]
+    if not pool:
+        return ()
+    other = random_.choice(pool)
+    start = random_.randrange(len(other) - BEGINNING)
+    return other[start : start + BEGINNING]
+
+
+def context_length(fit: Fit, random_: random.Random) -> int:
+    """The longest context, up to the settings', from which the model recites no more than the target; at least 1.
+
+    A short text in a small vocabulary is recognised from fewer tokens than a novel.
+    """
+    for context in range(fit.settings.context_tokens, 1, -1):
+        pieces = [piece for p in fit.forget for piece in windows(p, context, beginning(fit, random_))]
+        if exact_memorisation(score_passages(fit.model, pieces, fit.pad_id, fit.max_tokens)) <= fit.target:
+            return context
+    return 1
+
+
+def ceilings(
+    fit: Fit, passages: Sequence[Passage], context: int, random_: random.Random
+) -> dict[Passage, torch.Tensor]:
+    """logit q_t of every continuation token, under the model as it stands.
+
+    Args:
+        fit: The model, and retain text that beginnings are drawn from.
+        passages: Whose tokens.
+        context: True tokens before the first of a window.
+        random_: Draws the beginnings.
+    """
     device, total = device_of(fit), {p: torch.zeros(len(p.continuation), dtype=torch.float64) for p in passages}
     for _ in range(BEGINNINGS):
         pieces, owners = [], []
         for passage in total:
-            other = random_.choice(pool)
-            start = random_.randrange(max(1, len(other) - BEGINNING))
-            cut = windows(passage, fit.settings.context_tokens, other[start : start + BEGINNING])
+            cut = windows(passage, context, beginning(fit, random_))
             owners += [(passage, i * STRIDE) for i in range(len(cut))]
             pieces += cut
         with torch.inference_mode():
@@ -113,7 +142,7 @@ def prepare(fit: Fit) -> Backward:
     settings = fit.settings
     # A draw bounds the cost of a long history; what rises among the others is seen by the evaluation and the gate.
     replayed = drawn.sample(fit.earlier, min(settings.replay_pool, len(fit.earlier)))
-    known = ceilings(fit, [*fit.forget, *replayed], drawn)
+    known = ceilings(fit, [*fit.forget, *replayed], context_length(fit, drawn), drawn)
     recited, other = fit.anchor.split()
 
     def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
