@@ -46,6 +46,10 @@ def bench(
     unseen: Annotated[
         Path | None, typer.Option(help="Folder of *.txt of the same kind as what is taken down, never seen.")
     ] = None,
+    passage_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Cut the passages of a .jsonl off after so many tokens, as they were in training."),
+    ] = None,
     settings: Annotated[
         Path | None,
         typer.Option(
@@ -81,7 +85,9 @@ def bench(
     places = {"texts": texts, "retain": retain, "kept": kept, "heldout": heldout, "unseen": unseen}
     asked = Benchmark(
         model=model,
-        inputs=Inputs(**{name: str(p.resolve()) for name, p in places.items() if p is not None}),
+        inputs=Inputs.model_validate(
+            {name: str(p.resolve()) for name, p in places.items() if p is not None} | {"passage_tokens": passage_tokens}
+        ),
         methods=_listed(methods),
         seeds=_numbers(seeds),
         out=folder,

@@ -84,6 +84,8 @@ def test_steps_are_files_and_folders_in_order(inputs: Inputs) -> None:
 def test_the_digest_is_of_texts_names_and_places(inputs: Inputs, tmp_path: Path) -> None:
     again = benchmarking.write_inputs(tmp_path / "again")
     assert read_texts(again).digest() == read_texts(inputs).digest()  # wherever they lie
+    cut = again.model_copy(update={"passage_tokens": 20})
+    assert read_texts(cut).digest() != read_texts(inputs).digest()
     Path(again.texts, "step-1.txt").rename(Path(again.texts, "step-9.txt"))
     assert read_texts(again).digest() != read_texts(inputs).digest()
 
@@ -137,6 +139,8 @@ def test_a_whole_passage_is_prompted_by_its_first_half(tokenizer: Any, text: str
     length = len(tokenizer(text[:120])["input_ids"])
     assert [(p.prompt_length, len(p.ids)) for p in found] == [(length // 2, length)]
     assert passages_in(tokenizer, "x", BenchText("a", True), PassageSettings()) == []
+    short = passages_in(tokenizer, "x", BenchText(text[:120], True), PassageSettings(), 11)
+    assert [(p.prompt_length, p.ids) for p in short] == [(5, found[0].ids[:11])]
 
 
 # --- measuring --------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ Every number that differs between two runs of the same seed lies under ``cost``.
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from pipeline.records import FileRef, NeverSeenLevel, Record
 from pipeline.settings import Settings
 
@@ -35,6 +37,8 @@ class Inputs(Record):
         kept: Folder of texts to keep, only ever measured.
         heldout: Folder of general text that the model never saw.
         unseen: Folder of text of the same kind as what is taken down, never seen.
+        passage_tokens: Where the passages of a ``.jsonl`` are cut off, as they were in training; None for nowhere. What
+            lies behind that was never memorised.
     """
 
     texts: str
@@ -42,6 +46,7 @@ class Inputs(Record):
     kept: str | None = None
     heldout: str | None = None
     unseen: str | None = None
+    passage_tokens: int | None = Field(None, ge=2)
 
 
 class ScreenedText(Record):

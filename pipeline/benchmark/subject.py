@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline.anchor import NO_ANCHOR, Anchor, build_anchor
 from pipeline.benchmark.records import Inputs, Job, Screened, ScreenedText
-from pipeline.benchmark.texts import BenchText, read_texts, usable_retain
+from pipeline.benchmark.texts import BenchText, BenchTexts, read_texts, usable_retain
 from pipeline.errors import EvidenceError, UsageError
 from pipeline.evaluate import never_seen_level, scores_by_text, spread
 from pipeline.metrics import exact_memorisation, score_passages
@@ -96,45 +96,45 @@ def load_subject(job: Job) -> Subject:
     folder, settings = Path(job.model), job.settings
     model, tokenizer = load_model(folder, settings.runtime.device), load_tokenizer(folder)
     check_tokenizer(model, tokenizer)
+
+    def cut(name: str, item: BenchText) -> list[Passage]:
+        return passages_in(tokenizer, name, item, settings.passages, texts.passage_tokens)
+
     most = settings.evaluate.reference_passages
     groups = {}
     for group, found in texts.groups().items():
         if group == "retain" or not found:
             continue
         each = max(1, most // len(found))
-        passages = [
-            passage
-            for name, item in found.items()
-            for passage in spread(passages_in(tokenizer, f"{group}/{name}", item, settings.passages), each)
-        ]
+        passages = [passage for name, item in found.items() for passage in spread(cut(f"{group}/{name}", item), each)]
         groups[group] = spread(passages, most)
     steps = {
-        step: {
-            name: [p for item in items for p in passages_in(tokenizer, f"{step}/{name}", item, settings.passages)]
-            for name, items in requests.items()
-        }
+        step: {name: [p for item in items for p in cut(f"{step}/{name}", item)] for name, items in requests.items()}
         for step, requests in texts.steps.items()
     }
     return Subject(model, tokenizer, settings, steps, groups, usable_retain(texts, settings.dedupe), texts.works())
 
 
-def _checked_texts(inputs: Inputs, digest: str) -> Any:
+def _checked_texts(inputs: Inputs, digest: str) -> BenchTexts:
     texts = read_texts(inputs)
     if texts.digest() != digest:
         raise UsageError(f"{inputs.texts}: changed while the benchmark ran. Start it again.")
     return texts
 
 
-def passages_in(tokenizer: Any, name: str, item: BenchText, settings: PassageSettings) -> list[Passage]:
-    """The passages of a text; of a whole passage one, prompted by its first half."""
+def passages_in(
+    tokenizer: Any, name: str, item: BenchText, settings: PassageSettings, most: int | None = None
+) -> list[Passage]:
+    """The passages of a text; of a whole passage one, cut off after ``most`` tokens and prompted by its first half."""
     encoded = encode(tokenizer, name, item.text)
     if not item.whole:
         return passages_of(encoded, settings)
-    length = len(encoded.ids)
+    ids = encoded.ids[:most]
+    length = len(ids)
     if length < 2:
         return []
     span = PassageSpan(request_id=name, prompt_start=0, start=length // 2, end=length)
-    return [Passage(span, encoded.prefix + encoded.ids, len(encoded.prefix) + length // 2)]
+    return [Passage(span, encoded.prefix + ids, len(encoded.prefix) + length // 2)]
 
 
 def screen(subject: Subject) -> Screened:

@@ -45,6 +45,7 @@ class BenchTexts:
         kept: What must survive and is only ever measured.
         heldout: General text never seen.
         unseen: Text of the same kind as what is taken down, never seen.
+        passage_tokens: Where whole passages are cut off; None for nowhere.
     """
 
     steps: dict[str, dict[str, list[BenchText]]] = field(default_factory=dict)
@@ -52,18 +53,19 @@ class BenchTexts:
     kept: dict[str, BenchText] = field(default_factory=dict)
     heldout: dict[str, BenchText] = field(default_factory=dict)
     unseen: dict[str, BenchText] = field(default_factory=dict)
+    passage_tokens: int | None = None
 
     def groups(self) -> dict[str, dict[str, BenchText]]:
         """Everything but the steps, by group."""
         return {"retain": self.retain, "kept": self.kept, "heldout": self.heldout, "unseen": self.unseen}
 
     def digest(self) -> str:
-        """Digest of every text, its name and its place."""
+        """Digest of every text, its name and its place, and of where passages are cut off."""
         steps = [
             [s, r, i.text, i.whole] for s, found in self.steps.items() for r, texts in found.items() for i in texts
         ]
         rest = [[g, n, i.text, i.whole] for g, found in self.groups().items() for n, i in found.items()]
-        return digest_json([steps, rest])
+        return digest_json([steps, rest, self.passage_tokens])
 
     def works(self) -> list[str]:
         """The texts of all steps."""
@@ -77,7 +79,7 @@ def read_texts(inputs: Inputs) -> BenchTexts:
         InvalidInput: A folder is missing or empty, a file is not UTF-8, a line is no passage, a text belongs to two
             groups; every problem is listed.
     """
-    found, problems = BenchTexts(), list[Problem]()
+    found, problems = BenchTexts(passage_tokens=inputs.passage_tokens), list[Problem]()
     source = Path(inputs.texts)
     if source.suffix == ".jsonl":
         _read_passages(source, found, problems)
