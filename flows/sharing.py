@@ -34,12 +34,13 @@ def share(
     from pipeline.errors import UsageError
     from pipeline.index import DedupeIndex
     from pipeline.sharing import WARNING, share_index
+    from pipeline.workspace import writing
 
     workspace = opened(context)
     if not trusted:
         raise UsageError(f"{WARNING} Say --trusted if that is so.")
     err.print(f"takedown: warning: {WARNING}", soft_wrap=True, markup=False)
-    with DedupeIndex.open(workspace.index) as index:
+    with writing(workspace), DedupeIndex.open(workspace.index) as index:
         made = share_index(index, redis, name)
     show_json(made) if as_json else say(
         f"Copied {made.windows:,} signatures of {made.takedowns:,} takedowns; the entry {made.name!r} names them."

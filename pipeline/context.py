@@ -24,7 +24,7 @@ from pipeline.models import (
     shared_model,
 )
 from pipeline.passages import Passage, cut, encode, pad_id, passages_of
-from pipeline.recited import anchor_passages
+from pipeline.recited import PREFIX, anchor_passages, still_recited
 from pipeline.records import (
     DedupeReport,
     LedgerEntry,
@@ -181,10 +181,12 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     workspace, settings = run.workspace, run.settings
     texts: dict[str, dict[str, str]] = {kind: read_texts(workspace, kind) for kind in MEASURED}
     parts = (settings.passages, settings.screen, settings.evaluate, settings.unlearn.anchor_top_k,
-             settings.unlearn.anchor_pool, settings.unlearn.recited_samples, settings.runtime.seed)  # fmt: skip
+             settings.unlearn.anchor_pool)  # fmt: skip
+    # Only where it counts: what was measured by a release that did not have it must be found, v0 may be purged.
+    sampled = (settings.unlearn.recited_samples, settings.runtime.seed) if settings.unlearn.recited_samples else ()
     key = digest_json([
         VersionStore(workspace.versions).manifest(0).root, texts,
-        [p if isinstance(p, int) else p.model_dump() for p in parts],
+        [p if isinstance(p, int) else p.model_dump() for p in (*parts, *sampled)],
     ]).removeprefix("sha256:")[:16]  # fmt: skip
     folder = workspace.reference / "measured" / key
     if (folder / "reference.json").is_file():
@@ -207,17 +209,20 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     anchor = None
     if anchors:
         built = build_anchor(model, anchors, settings.unlearn.anchor_top_k, pad, tokens)
-        anchor = save_anchor(folder, built)
+        if settings.unlearn.recited_samples and run.plan.parent:
+            # v0 still recites what versions after it were made to forget, also what nobody has the text of any more.
+            built = still_recited(parent_model(run)[0], built, pad, tokens)
+        anchor = save_anchor(folder, built) if built.passages else None
     found = Reference(folder=str(folder.relative_to(workspace.root)), level=level, scores=scores, anchor=anchor)
     write_json(folder / "reference.json", found.model_dump(mode="json"))
     return _noted(run, found)
 
 
 def thin_anchors(run: Run) -> None:
-    """Remove what the run took out from everything that later versions are held to, so that no copy of it stays there.
+    """Remove what is out from everything that later versions are held to, so that no copy of it stays there.
 
-    The smaller file is written before it is named and the larger one removed after that: a killed call is repeated by
-    the next run's publish.
+    The smaller file is written before it is named and the larger one removed after that. What a killed call left is
+    removed by the next run's, which looks for everything that is out, not for its own texts only.
     """
     measured = run.workspace.reference / "measured"
     texts: list[Passage] | None = None
@@ -226,16 +231,48 @@ def thin_anchors(run: Run) -> None:
         if found.anchor is not None:
             if texts is None:
                 tokenizer = load_tokenizer(start_folder(run))
-                texts = flatten(passages_at(tokenizer, open_vault(run.workspace), forget_spans(run)))
+                vault, spans = open_vault(run.workspace), (forget_spans(run), earlier_spans(run))
+                texts = [p for found_ in spans for p in flatten(passages_at(tokenizer, vault, found_))]
             anchor = load_anchor(path.parent, found.anchor)
             kept = anchor.apart_from(texts)
             if len(kept.passages) < len(anchor.passages):
                 ref = save_anchor(path.parent, kept) if kept.passages else None
                 found = found.model_copy(update={"anchor": ref})
                 write_json(path, found.model_dump(mode="json"))
-        for file in path.parent.glob("*.safetensors"):
-            if found.anchor is None or file.name != found.anchor.path:
-                file.unlink()
+        _remove_unnamed(path.parent, found)
+    for folder in measured.glob("*"):
+        if not (folder / "reference.json").is_file():  # a killed measurement's
+            shutil.rmtree(folder)
+
+
+def drop_recited(workspace: Workspace) -> None:
+    """Remove all that v0 recites by itself from what later versions are held to.
+
+    For texts that are erased: nobody can tell any more which passages are theirs. Where v0 is still there the next run
+    lets it write anew, and keeps what the version in force recites, too.
+    """
+    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+        purged = 0 in purged_versions(ledger.entries())
+    for path in sorted((workspace.reference / "measured").glob("*/reference.json")):
+        found = Reference.model_validate(read_json(path))
+        if found.anchor is None:
+            continue
+        anchor = load_anchor(path.parent, found.anchor)
+        own = {p.span.request_id for p in anchor.passages if p.span.request_id.startswith(PREFIX)}
+        if own and not purged:
+            shutil.rmtree(path.parent)
+        elif own:
+            kept = anchor.without(own)
+            ref = save_anchor(path.parent, kept) if kept.passages else None
+            found = found.model_copy(update={"anchor": ref})
+            write_json(path, found.model_dump(mode="json"))
+            _remove_unnamed(path.parent, found)
+
+
+def _remove_unnamed(folder: Path, found: Reference) -> None:
+    for file in folder.glob("*.safetensors"):
+        if found.anchor is None or file.name != found.anchor.path:
+            file.unlink()
 
 
 def _noted(run: Run, found: Reference) -> Reference:

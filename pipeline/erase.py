@@ -108,7 +108,7 @@ def _require_erasable(workspace: Workspace, request_id: str, entries: Sequence[L
 
 def _batches_with(inbox: Path, request_id: str) -> Iterator[Path]:
     """Batch files anywhere in the inbox that name a request."""
-    for path in sorted(inbox.rglob("*.json")):
+    for path in sorted(p for p in inbox.rglob("*") if p.suffix.lower() == ".json"):
         try:
             tree = json.loads(read_whole(path))
             named = {r.get("request_id") for r in tree["requests"]}
@@ -129,6 +129,10 @@ def _forget(workspace: Workspace, request_id: str) -> None:
             # A folder without a plan is what a killed comparison of texts left (`pipeline.reinstate`).
             if request_id in _worked_on(run) or not (run / "plan.json").is_file():
                 shutil.rmtree(run)
+        if (workspace.reference / "measured").is_dir():
+            from pipeline.context import drop_recited  # loads torch, which no other verb on the vault needs
+
+            drop_recited(workspace)
         if workspace.runs.is_dir():  # an empty folder does not survive every copy of a workspace
             fsync_folder(workspace.runs)
 

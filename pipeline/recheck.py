@@ -7,15 +7,17 @@ Never: a write to the workspace.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from pipeline.context import loaded, passages_at, spans_up_to
+from pipeline.discreet import discreet
 from pipeline.gate import ROUNDING
 from pipeline.history import read_entries
-from pipeline.metrics import exact_memorisation, score_passages
+from pipeline.metrics import PassageScore, exact_memorisation, score_passages
 from pipeline.passages import pad_id
 from pipeline.records import LedgerEntry, Record
-from pipeline.states import current_version, excluded, published_versions
+from pipeline.states import current_version, erased_requests, excluded, published_versions
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, open_workspace
@@ -58,12 +60,14 @@ def restore_current(workspace: Workspace, folder: Path) -> int:
 def to_recheck(workspace: Workspace) -> list[str]:
     """Requests that the version in force excludes and that have passages of their own to measure, in order received.
 
-    The others are repeats of them, of which no passage was memorised.
+    The others are repeats of them, of which no passage was memorised; or their text was erased, and nobody can measure
+    it any more.
     """
     entries = read_entries(workspace)
     version = current_version(entries)
     measurable = spans_up_to(workspace, entries, version)
-    return [name for name in excluded(entries, version) if name in measurable]
+    erased = erased_requests(entries)
+    return [name for name in excluded(entries, version) if name in measurable and name not in erased]
 
 
 def recheck(workspace_root: str | Path, model: str | Path, version: int, requests: Sequence[str]) -> list[Rechecked]:
@@ -79,10 +83,15 @@ def recheck(workspace_root: str | Path, model: str | Path, version: int, request
     entries, runtime = read_entries(workspace), workspace.settings().runtime
     spans = spans_up_to(workspace, entries, version)
     network, tokenizer = loaded(Path(model), runtime.device)
+    vault = open_vault(workspace)
+
+    def measured(name: str) -> list[PassageScore]:
+        (passages,) = passages_at(tokenizer, vault, {name: spans[name]}).values()
+        return score_passages(network, passages, pad_id(tokenizer), runtime.batch_tokens)
+
     found = []
     for name in requests:
-        (passages,) = passages_at(tokenizer, open_vault(workspace), {name: spans[name]}).values()
-        scores = score_passages(network, passages, pad_id(tokenizer), runtime.batch_tokens)
+        scores = discreet(vault, "audit", partial(measured, name))
         found.append(
             Rechecked(
                 request_id=name,

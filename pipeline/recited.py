@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from pipeline.anchor import retain_passages
+from pipeline.anchor import SHARED, Anchor, build_anchor, retain_passages
 from pipeline.metrics import plain_decoding, score_passages
 from pipeline.passages import Passage, pad_id, prompt_prefix
 from pipeline.progress import Counter
@@ -35,6 +35,11 @@ NEW = 0.4
 VARIED = 0.5
 """Share of a sample's runs that must differ from each other: a loop is sure of itself, too."""
 
+PREFIX = "recited/"
+"""Begins the names of such passages; no document's name has a slash."""
+AT_ONCE = 64
+"""Samples drawn together; what is drawn depends on it, so it is no setting."""
+
 
 class _Cooling(LogitsProcessor):  # type: ignore[misc]
     """Temperature 1 up to a length, `COOL` from there."""
@@ -46,7 +51,7 @@ class _Cooling(LogitsProcessor):  # type: ignore[misc]
         return scores if input_ids.shape[1] < self.length else scores / COOL
 
 
-def sample(model: nn.Module, tokenizer: Any, count: int, length: int, max_tokens: int, seed: int) -> list[list[int]]:
+def sample(model: nn.Module, tokenizer: Any, count: int, length: int, seed: int) -> list[list[int]]:
     """Let the model write.
 
     Args:
@@ -55,7 +60,6 @@ def sample(model: nn.Module, tokenizer: Any, count: int, length: int, max_tokens
         count: Samples.
         length: Tokens of each, what it starts with included: the beginning that the tokenizer puts before a text, or
             any one ordinary token where it puts nothing.
-        max_tokens: Most tokens in a batch.
         seed: Same seed, same samples on the same machine.
 
     Returns:
@@ -69,8 +73,8 @@ def sample(model: nn.Module, tokenizer: Any, count: int, length: int, max_tokens
         torch.manual_seed(seed)
         order = torch.randperm(len(ordinary)).tolist()
         starts = [list(prefix) or [ordinary[order[i % len(order)]]] for i in range(count)]
-        for at in range(0, count, max(1, max_tokens // length)):
-            ids = torch.tensor(starts[at : at + max(1, max_tokens // length)], device=device)
+        for at in range(0, count, AT_ONCE):
+            ids = torch.tensor(starts[at : at + AT_ONCE], device=device)
             out = model.generate(  # type: ignore[operator]
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_length=length,
                 min_length=length, pad_token_id=pad_id(tokenizer),
@@ -112,7 +116,7 @@ def recited_passages(
     Returns:
         Passages scored from their second token on, under the names ``recited/0001`` …
     """
-    samples = sample(model, tokenizer, count, length, max_tokens, seed)
+    samples = sample(model, tokenizer, count, length, seed)
     nowhere = PassageSpan(request_id="recited", prompt_start=0, start=1, end=2)
     halves = [Passage(nowhere, tuple(ids), len(ids) // 2) for ids in samples]
     scores = score_passages(model, halves, pad_id(tokenizer), max_tokens)
@@ -120,11 +124,38 @@ def recited_passages(
     sure = sorted((i for i in range(len(samples)) if doubt[i] <= SURE), key=lambda i: doubt[i])
     return [
         Passage(
-            PassageSpan(request_id=f"recited/{number:04}", prompt_start=0, start=1, end=len(samples[place])),
+            PassageSpan(request_id=f"{PREFIX}{number:04}", prompt_start=0, start=1, end=len(samples[place])),
             tuple(samples[place]), 1,
         )
         for number, place in enumerate(distinct(samples, sure), 1)
     ]  # fmt: skip
+
+
+def still_recited(model: nn.Module, anchor: Anchor, pad: int, max_tokens: int) -> Anchor:
+    """An anchor less what was found by `recited_passages` and a later version recites no more: it was taken out.
+
+    Args:
+        model: The later version.
+        anchor: Passages with v0's predictions.
+        pad: Padding id.
+        max_tokens: Most tokens in a forward pass.
+
+    Returns:
+        The anchor without passages that hold a run of `SHARED` tokens of which v0 predicts all but one and the later
+        version hardly more than half.
+    """
+    own = [i for i, p in enumerate(anchor.passages) if p.span.request_id.startswith(PREFIX)]
+    later = build_anchor(model, [anchor.passages[i] for i in own], 1, pad, max_tokens)
+    lost = set()
+    for place, best in zip(own, later.top_ids, strict=True):
+        passage = anchor.passages[place]
+        true = torch.tensor(passage.continuation)
+        hits = torch.stack([anchor.top_ids[place][:, 0] == true, best[:, 0] == true]).float()
+        if hits.shape[1] >= SHARED:
+            before, after = hits.unfold(1, SHARED, 1).sum(-1)
+            if bool(((before >= SHARED - 1) & (after <= SHARED // 2 + 1)).any()):
+                lost.add(passage.span.request_id)
+    return anchor.without(lost)
 
 
 def anchor_passages(

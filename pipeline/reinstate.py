@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.dedupe import dedupe
+from pipeline.discreet import discreet
 from pipeline.errors import UsageError
 from pipeline.evidence import decisions
 from pipeline.files import explained_space
@@ -185,6 +186,10 @@ def _shared_steps(shared: Iterable[str], entries: Sequence[LedgerEntry], request
 
 def _kept_out(workspace: Workspace, chosen: Sequence[str], out: Iterable[str]) -> list[str]:
     """Requests whose text is, by the rule for repeats, also that of others which stand."""
+    return discreet(open_vault(workspace), "reinstate", lambda: _compared(workspace, chosen, out))
+
+
+def _compared(workspace: Workspace, chosen: Sequence[str], out: Iterable[str]) -> list[str]:
     vault = open_vault(workspace)
     with explained_space(workspace.runs):
         workspace.runs.mkdir(exist_ok=True)

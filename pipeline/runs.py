@@ -22,7 +22,7 @@ from pipeline.ledger import Ledger
 from pipeline.records import Event, LedgerEntry, Record
 from pipeline.references import KINDS
 from pipeline.settings import Settings
-from pipeline.states import RELEASED, in_force, published_versions, request_states
+from pipeline.states import RELEASED, in_force, published_versions, request_states, stays_out
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, open_workspace
@@ -228,6 +228,8 @@ def outdated(entries: Sequence[LedgerEntry], plan: Plan) -> str | None:
     for name in plan.reinstates:
         if states[name].state not in RELEASED or states[name].on_hold:
             return f"{name} is {'on hold' if states[name].on_hold else states[name].state} now"
+    if plan.reinstates and stays_out(entries, plan.left_out, plan.reinstates) != tuple(sorted(plan.requests)):
+        return "other texts have to stay out now"
     for name in () if plan.reinstates else plan.requests:
         if not states[name].to_do:
             return f"{name} is {'on hold' if states[name].on_hold else states[name].state} now"

@@ -18,6 +18,7 @@ from pipeline.ledger import Ledger
 from pipeline.objects import StoredDelta
 from pipeline.progress import Counter
 from pipeline.records import Event, LedgerEntry, Record, VersionManifest
+from pipeline.runs import undecided
 from pipeline.states import (
     ancestry,
     current_version,
@@ -166,6 +167,11 @@ def purge(workspace: Workspace, before: int, actor: str, reason: str) -> Purged:
         raise UsageError("A purge needs a reason: it stays on record. Give one with --reason.")
     with writing(workspace), Ledger.open(workspace.ledger) as ledger, explained_space(workspace.versions):
         entries = ledger.entries()
+        if waiting := undecided(workspace, entries):
+            raise UsageError(
+                f"{waiting[0].run_id}: waits for approval, and a purge removes what is to be approved. Nothing was "
+                "destroyed; approve or refuse it first."
+            )
         store = VersionStore(workspace.versions, published_versions(entries))
         gone = _to_purge(entries, before)
         kept = {number: m for number, m in _kept(store, entries).items() if number >= before}

@@ -19,6 +19,7 @@ from pipeline.evidence import decisions, noted_exclusions, recall
 from pipeline.gate import decide
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
+from pipeline.recheck import to_recheck
 from pipeline.records import Comparison, DedupeReport, Evaluation, Event, RetainExclusion, TextScore, Verdict
 from pipeline.reinstate import check_reinstatement
 from pipeline.requests import note
@@ -156,6 +157,13 @@ def test_a_copy_in_the_inbox_is_named_and_nothing_is_destroyed(ws: Workspace) ->
     with pytest.raises(UsageError, match=r"again\.json: holds a request(.|\n)*bad\.json: holds a request") as caught:
         erase(ws, "TD-1", "officer", REASON)
     assert "other.json" not in str(caught.value) and Vault(ws.vault).get("TD-1").title == "Work TD-1"
+
+
+def test_an_audit_leaves_out_what_nobody_can_measure(ws: Workspace) -> None:
+    before = to_recheck(ws)
+    assert "TD-1" in before
+    erase(ws, "TD-1", "officer", REASON)
+    assert to_recheck(ws) == [name for name in before if name != "TD-1"]
 
 
 def test_runs_that_worked_on_it_go_and_others_stay(ws: Workspace) -> None:

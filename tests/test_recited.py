@@ -11,6 +11,7 @@ from workspaces import KEPT, WORKS, new_workspace, step, take_in, with_settings
 from pipeline import context
 from pipeline.anchor import SHARED, Anchor, load_anchor
 from pipeline.context import thin_anchors
+from pipeline.erase import erase
 from pipeline.files import read_json
 from pipeline.models import load_tokenizer
 from pipeline.records import Publication, Reference
@@ -81,3 +82,11 @@ def test_what_is_taken_out_is_held_to_no_more(tmp_path: Path, model: Path) -> No
     take_in(workspace, "batch-2", {"B": WORKS["two"]})
     assert step(workspace, stop_after="reference") is None
     assert [len(a.passages) for a in anchors(workspace)] == [len(anchor.passages)]
+    # Once a text is erased nobody can tell its passages from others: v0 writes anew, and what is out is left out.
+    erase(workspace, "A", "officer", "asked for")
+    assert anchors(workspace) == []
+    assert step(workspace, stop_after="reference") is None
+    (renewed,) = anchors(workspace)
+    assert not holding(renewed, tokenizer, WORKS["one"]) and holding(
+        renewed, tokenizer, KEPT["kept-a"] + KEPT["kept-b"]
+    )

@@ -9,8 +9,8 @@ unrelated beginning, where it cannot recognise the passage:
 
 The hinge on log-odds pushes every token with the same force, however well it is memorised (the gradient of log p fades
 as p nears 1, that of 1 - p as p nears 0), and lets go of it at the level of never-seen text: a stop per token, so that
-nothing is forgotten below that level and the leftover trace of having been trained on fades with it. Earlier takedowns
-are held to their own q in the same way.
+nothing is forgotten below that level and the leftover trace of having been trained on fades with it. Some passages of
+earlier takedowns are kept from rising in the same way.
 
 Ours; the parts have forerunners: unlikelihood (Welleck et al., arXiv 1908.04319) has the soft stop, ALKN (ICML 2025)
 leaves forgotten tokens alone, and comparing a long with a short context is how memorisation is measured (counterfactual
@@ -107,6 +107,25 @@ def ceilings(
     return {p: torch.logit(q / BEGINNINGS, eps=1e-12).float() for p, q in total.items()}
 
 
+def held_at(fit: Fit, passages: Sequence[Passage], known: Ceilings) -> dict[Passage, torch.Tensor]:
+    """Ceilings of what is out already: where the parent has each token, or its own ceiling if that is higher.
+
+    Pushed down to the ceiling again in every step it would sink below never-seen text. A passage that has risen above
+    the target is pushed like a new one.
+    """
+    device, found = device_of(fit), dict[Passage, torch.Tensor]()
+    with torch.inference_mode():
+        for batch in batches(passages, fit.max_tokens, fit.pad_id, device):
+            logits, true, scored = predict(fit.model, batch)
+            for row, index in enumerate(batch.rows):
+                at = scored[row]
+                odds = log_odds(logits[row][at], true[row][at]).cpu()
+                right = float((logits[row][at].argmax(-1) == true[row][at]).float().mean())
+                own = known[passages[index]]
+                found[passages[index]] = torch.maximum(own, odds) if right <= fit.target else own
+    return found
+
+
 def backward_excess(fit: Fit, passages: Sequence[Passage], known: Ceilings, weight: float, trace: Trace) -> float:
     """weight · mean over tokens of how far their log-odds are above their ceiling."""
     tokens, device, total = sum(len(p.continuation) for p in passages), device_of(fit), 0.0
@@ -143,6 +162,7 @@ def prepare(fit: Fit) -> Backward:
     # A draw bounds the cost of a long history; what rises among the others is seen by the evaluation and the gate.
     replayed = drawn.sample(fit.earlier, min(settings.replay_pool, len(fit.earlier)))
     known = ceilings(fit, [*fit.forget, *replayed], context_length(fit, drawn), drawn)
+    known |= held_at(fit, replayed, known)
     recited, other = fit.anchor.split()
 
     def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
