@@ -23,8 +23,6 @@ from pipeline.states import (
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
 
-_OVERRIDE = "to do it nevertheless, on record, add --override."
-
 
 class Rollback(Record):
     """A rollback that was done.
@@ -85,15 +83,15 @@ def roll_back(workspace: Workspace, version: int, actor: str, reason: str, overr
                 f"v{version}: still holds what was taken out for {', '.join(gone)}, whose text was erased since: no "
                 "run could take it out again. Nothing was changed."
             )
-        if turned.brought_back and not override:
+        against = []
+        if turned.brought_back:
+            against.append(f"still holds what was taken out for {', '.join(turned.brought_back)}")
+        if turned.taken_again:
+            against.append(f"does not hold what was put back for {', '.join(turned.taken_again)}")
+        if against and not override:
             raise Refused(
-                f"v{version}: still holds what was taken out for {', '.join(turned.brought_back)}. Nothing was "
-                f"changed; {_OVERRIDE}"
-            )
-        if turned.taken_again and not override:
-            raise Refused(
-                f"v{version}: does not hold what was put back for {', '.join(turned.taken_again)}. Nothing was "
-                f"changed; {_OVERRIDE}"
+                f"v{version}: {'; '.join(against)}. Nothing was changed; to do it nevertheless, on record, add "
+                "--override."
             )
         store.check_restores(store.manifest(version))
         again = _measured(entries, version, turned.out_again)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from histories import array_model, entries_of, make_step, prepare_step, publish, start_history
+from histories import array_model, entries_of, make_step, prepare_step, publish, reinstate, start_history
 
 from pipeline.certificate import write_certificate
 from pipeline.context import earlier_spans
@@ -68,6 +68,23 @@ def test_rollback_is_refused_where_removed_text_would_come_back(workspace: Works
     with pytest.raises(Refused, match=r"v2.*C, D.*--override"):
         roll_back(workspace, 2, "ann", "v4 is slow")
     assert entries_of(workspace) == before
+
+
+def test_a_refusal_names_what_would_come_back_and_what_would_go_out_again(workspace: Workspace) -> None:
+    note(workspace, "countered", "B", "ann", "licence shown")
+    assert reinstate(workspace, "B") == 5
+    make_step(workspace, "E")
+    before = entries_of(workspace)
+    with pytest.raises(Refused) as caught:
+        roll_back(workspace, 4, "ann", "v6 is slow")
+    assert str(caught.value) == (
+        "v4: still holds what was taken out for E; does not hold what was put back for B. Nothing was changed; to do "
+        "it nevertheless, on record, add --override."
+    )
+    assert entries_of(workspace) == before
+    done = roll_back(workspace, 4, "ann", "v6 is slow", override=True)
+    assert (done.brought_back, done.taken_again) == (("E",), ("B",))
+    assert verify(workspace, Depth.DEEP) == []
 
 
 def test_override_is_on_record_and_the_requests_wait_again(workspace: Workspace) -> None:
