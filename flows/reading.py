@@ -332,11 +332,11 @@ def difference(context: typer.Context, first: str, second: str, as_json: Json = 
     """
     workspace = opened(context)
     entries = checked_entries(workspace)
-    pair = [manifest_of(workspace, entries, name) for name in (first, second)]
-    for manifest in pair:
+    old, new = (manifest_of(workspace, entries, name) for name in (first, second))
+    for manifest in (old, new):
         there(entries, manifest)
     with bars(err, "reading"):
-        found = compare_versions(VersionStore(workspace.versions), *pair)
+        found = compare_versions(VersionStore(workspace.versions), old, new, entries)
     show_json(found) if as_json else show_diff(found)
 
 
@@ -354,7 +354,8 @@ def show_diff(found: VersionDiff) -> None:
         columns = ("tensor", "dtype", "entries changed", "share", "norm", "relative", "largest")
         out.print(table(title, columns, rows))
     for label, names in (("only in the first", found.only_first), ("only in the second", found.only_second),
-                         ("other files that differ", found.files), ("excluded first", found.requests)):  # fmt: skip
+                         ("other files that differ", found.files), (f"out of v{found.second} only", found.requests),
+                         (f"out of v{found.first} only", found.back)):  # fmt: skip
         if names:
             say(f"{label}: {', '.join(map(plain, names))}")
     for label, pairs in (("settings", found.settings), ("measured", found.report)):

@@ -1,21 +1,22 @@
 """What differs between two versions: tensors, entries, norms, settings, measurements.
 
-In: two manifests of one store. Out: a record. Never: torch, two models in memory (blocks of 4 M entries instead), or a
-restored folder.
+In: two manifests of one store, and the ledger. Out: a record. Never: torch, two models in memory (blocks of 4 M
+entries instead), or a restored folder.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from pipeline.blocks import Entries
 from pipeline.delta import TensorSource
 from pipeline.progress import Counter
-from pipeline.records import Record, VersionManifest
+from pipeline.records import LedgerEntry, Record, VersionManifest
 from pipeline.safefile import TensorInfo
+from pipeline.states import taken_out
 from pipeline.versions import VersionStore
 
 Values = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -59,7 +60,8 @@ class VersionDiff(Record):
         files: Other files whose content differs or that only one has.
         settings: Settings that differ, by dotted name: both values.
         report: Measurements and counts that differ likewise.
-        requests: Requests that only the second's manifest names.
+        requests: Requests whose text is out of the second and not of the first, over all steps between them.
+        back: Requests whose text is out of the first and not of the second.
     """
 
     first: int
@@ -73,6 +75,7 @@ class VersionDiff(Record):
     settings: dict[str, tuple[object, object]]
     report: dict[str, tuple[object, object]]
     requests: tuple[str, ...]
+    back: tuple[str, ...]
 
     @property
     def changed(self) -> int:
@@ -80,8 +83,16 @@ class VersionDiff(Record):
         return sum(tensor.changed for tensor in self.tensors)
 
 
-def diff(store: VersionStore, first: VersionManifest, second: VersionManifest) -> VersionDiff:
+def diff(
+    store: VersionStore, first: VersionManifest, second: VersionManifest, entries: Sequence[LedgerEntry]
+) -> VersionDiff:
     """Compare two versions; tensors with equal digests are not read.
+
+    Args:
+        store: Where both are kept.
+        first: Manifest of the one that the other is compared with.
+        second: Manifest of the other; neither need be made from the other.
+        entries: The ledger, which says whose text is out of each.
 
     Raises:
         StoreDamaged: One of them does not hold.
@@ -97,6 +108,7 @@ def diff(store: VersionStore, first: VersionManifest, second: VersionManifest) -
         (source, info), (other, _) = places[0][name], places[1][name]
         found.append(compare(info, source, other))
         count.add(note=name[-40:])
+    out = [taken_out(entries, manifest.version) for manifest in (first, second)]
     digests = [{f.path: f.digest for f in m.files if not f.path.endswith(".safetensors")} for m in (first, second)]
     return VersionDiff(
         first=first.version,
@@ -109,7 +121,8 @@ def diff(store: VersionStore, first: VersionManifest, second: VersionManifest) -
         files=tuple(sorted(n for n in digests[0].keys() | digests[1].keys() if digests[0].get(n) != digests[1].get(n))),
         settings=differences(first.settings, second.settings),
         report=differences(_measured(first), _measured(second)),
-        requests=tuple(name for name in second.requests if name not in first.requests),
+        requests=tuple(name for name in out[1] if name not in out[0]),
+        back=tuple(name for name in out[0] if name not in out[1]),
     )
 
 

@@ -265,6 +265,11 @@ def last_words(entries: Sequence[LedgerEntry], version: int) -> dict[str, Event]
     return found
 
 
+def taken_out(entries: Sequence[LedgerEntry], version: int) -> tuple[str, ...]:
+    """Requests whose text is out of the weights of a version, whatever became of them since."""
+    return tuple(name for name, event in last_words(entries, version).items() if event.kind in OUT)
+
+
 def excluded(entries: Sequence[LedgerEntry], version: int) -> dict[str, RequestState]:
     """Requests that a version is meant to exclude: their text is out of it, and they stand.
 
@@ -307,8 +312,7 @@ class Turn(Record):
 
 def turn(entries: Sequence[LedgerEntry], target: int) -> Turn:
     """What becomes of each request when another version is put in force."""
-    states, words = request_states(entries), last_words(entries, target)
-    out = {name for name, event in words.items() if event.kind in OUT}
+    states, out = request_states(entries), set(taken_out(entries, target))
     back = put_back(entries, target)
     returns = {n: v for n, v in back.items() if states[n].state in (*RELEASED, "regressed", "refused")}
     path = set(ancestry(published_versions(entries), target))

@@ -124,7 +124,7 @@ def test_reading_verbs_answer_in_text(takedown: Takedown, published: Path) -> No
         ("verify", "--deep"): ["made again from the store"],
         ("show", "v1", "--tensor", "model.norm.weight"): ["leaf ", "model.norm.weight", "root-sha256:"],
         ("first-version", "A"): ["v1  root-sha256:"],
-        ("diff", "v0", "v1"): ["v0 → v1", "entries differ", "model.layers", "excluded first: A, B", "changed"],
+        ("diff", "v0", "v1"): ["v0 → v1", "entries differ", "model.layers", "out of v1 only: A, B", "changed"],
         ("diff", "v1", "v1"): ["have the same weights"],
     }
     for verb, words in expected.items():

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from histories import array_model, make_step, start_history
+from histories import array_model, entries_of, make_step, reinstate, start_history
 from safetensors.numpy import load_file
 
 from pipeline.diff import diff, differences, numbers
+from pipeline.requests import note
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
 
@@ -37,7 +38,7 @@ def _values(path: Path, bfloat16: bool) -> dict[str, np.ndarray]:
 def test_counts_and_norms_are_those_of_the_weights(history: tuple[Workspace, bool], tmp_path: Path) -> None:
     workspace, bfloat16 = history
     store = VersionStore(workspace.versions)
-    found = diff(store, store.manifest(0), store.manifest(2))
+    found = diff(store, store.manifest(0), store.manifest(2), entries_of(workspace))
     weights = []
     for number in (0, 2):
         store.restore(number, tmp_path / f"{number}")
@@ -51,15 +52,34 @@ def test_counts_and_norms_are_those_of_the_weights(history: tuple[Workspace, boo
         assert tensor.largest == np.abs(step).max()
     assert found.changed == sum(t.changed for t in found.tensors) > 0
     assert found.entries == 3 * 400
-    assert found.requests == ("B",) or set(found.requests) == {"B"}
+    assert (found.requests, found.back) == (("A", "B"), ()), "of every step on the way, not of the last one only"
     assert found.report["changed"] == (None, store.manifest(2).report["changed"])
 
 
 def test_a_version_does_not_differ_from_itself(history: tuple[Workspace, bool]) -> None:
     store = VersionStore(history[0].versions)
-    found = diff(store, store.manifest(1), store.manifest(1))
+    found = diff(store, store.manifest(1), store.manifest(1), entries_of(history[0]))
     assert found.same_weights
     assert (found.tensors, found.settings, found.report, found.files) == ((), {}, {}, ())
+    assert (found.requests, found.back) == ((), ())
+
+
+def test_a_text_that_was_put_back_is_out_of_the_first_only(tmp_path: Path) -> None:
+    workspace = start_history(tmp_path / "ws", array_model(tmp_path / "m"))
+    make_step(workspace, "A")
+    make_step(workspace, "B")
+    note(workspace, "countered", "A", "tester", "licence shown")
+    assert reinstate(workspace, "A") == 3
+    make_step(workspace, "C")
+    store, entries = VersionStore(workspace.versions), entries_of(workspace)
+
+    def between(first: int, second: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        found = diff(store, store.manifest(first), store.manifest(second), entries)
+        return found.requests, found.back
+
+    assert between(2, 4) == (("C",), ("A",))
+    assert between(4, 1) == (("A",), ("B", "C"))
+    assert between(0, 4) == (("B", "C"), ())
 
 
 def test_bit_changes_that_are_no_change_of_value_count() -> None:
