@@ -90,9 +90,11 @@ class History:
 
     @property
     def store(self) -> VersionStore:
+        """Compared with the ledger, as in production."""
         return VersionStore(self.workspace.versions, published_versions(read_entries(self.workspace)))
 
     def weights(self, version: int) -> Weights:
+        """What the step left, read without the store."""
         return load_file(self.candidates[version])
 
     def root(self, version: int) -> str:
@@ -106,11 +108,12 @@ def states(workspace: Workspace) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> History:
+    """Made once, in some 80 seconds of one core; tests only read it."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("long")
     model = folder / "model"
-    recited = train([*WORKS.values(), *KEPT.values()], [*RETAIN.values(), *PROSE.values()], model, SIZE)
-    assert recited > 0.9, f"the model recites its works with {recited:.3f} only"
+    least = train([*WORKS.values(), *KEPT.values()], [*RETAIN.values(), *PROSE.values()], model, SIZE)
+    assert least > 0.8, f"the model recites its works with {least:.3f} only"
     workspace = new_workspace(folder / "ws", model, with_settings(gate={"perplexity_rise": 2.0}))
     made = History(workspace, {0: model / WEIGHTS})
 
@@ -238,7 +241,7 @@ def test_each_text_is_recited_until_its_step_and_out_from_then_on(history: Histo
         out = [share for name, share in found.items() if MADE_BY[name] <= version]
         waiting = [share for name, share in found.items() if MADE_BY[name] > version]
         if version == 0:
-            assert min(waiting) > 0.9
+            assert min(waiting) > 0.8
         else:
             assert max(out) < 0.65 and mean(out) < level + 0.1, version
         if out and waiting:
@@ -291,7 +294,8 @@ def test_diff_counts_what_twenty_steps_changed(history: History) -> None:
     for tensor in found["tensors"]:
         difference = after[tensor["name"]].double() - before[tensor["name"]].double()
         assert tensor["norm"] == pytest.approx(float(difference.norm()), rel=1e-9)
-    assert found["requests"] == ["TD-19"] and not found["same_weights"]
+    assert found["requests"] == [name for name in WORKS if name not in (BACK, "TD-20")] and found["back"] == []
+    assert asked(history.workspace, "diff", "v12", "v20")["back"] == [BACK]
 
 
 def test_certificates_hold_by_themselves_along_the_history(history: History, tmp_path: Path) -> None:
