@@ -208,6 +208,7 @@ def make_candidate(workspace: str, run_id: str) -> None:
     dedupe(workspace, run_id)
     runtime = open_workspace(Path(workspace)).settings().runtime
     pieces = shares(open_run(workspace, run_id).plan.requests, runtime.workers)
+    stages.prepare_screen(workspace, run_id)
     side_by_side(screen_some, pieces, runtime, workspace=workspace, run_id=run_id)
     screen(workspace, run_id)
     if stages.needs_training(workspace, run_id):

@@ -55,8 +55,17 @@ LOADING = threading.Lock()
 """Held while a model is loaded: two threads that load at once disturb each other inside transformers."""
 
 
+RESTORING = threading.Lock()
+"""Held while a version is made a model folder: threads that share a run need it once."""
+
+
 def model_folder(run: Run, version: int) -> Path:
     """A version as a model folder, restored from the store with every byte hashed again, once per run."""
+    with RESTORING:
+        return _restored(run, version)
+
+
+def _restored(run: Run, version: int) -> Path:
     folder = run.folder / f"v{version}"
     if not (run.folder / f"v{version}.restored").exists():
         with Ledger.open(run.workspace.ledger, read_only=True) as ledger:

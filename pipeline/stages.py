@@ -152,6 +152,11 @@ def screen(workspace_root: str, run_id: str) -> ScreenReport:
     return run.stage("screen", ScreenReport, (deduped,), compute)
 
 
+def prepare_screen(workspace_root: str, run_id: str) -> None:
+    """Make what the step starts from a model folder, before several processes want it at once."""
+    start_folder(open_run(workspace_root, run_id))
+
+
 def screen_some(workspace_root: str, run_id: str, requests: Sequence[str]) -> list[ScreenedRequest]:
     """Screen some requests of a run, each by itself and kept by itself: several processes may share the work, and a
     killed one leaves what it finished."""

@@ -5,6 +5,7 @@ torch and transformers are imported inside the fixtures, so that the tests of th
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+os.environ["COLUMNS"] = "200"  # consoles are made on import, by whichever test comes first
 
 if TYPE_CHECKING:
     from torch import nn

@@ -368,7 +368,7 @@ def test_an_object_that_cannot_be_opened_is_told(store: ObjectStore) -> None:
     path.unlink()
     path.mkdir()
     assert not store.is_whole(digest)
-    with pytest.raises(StoreDamaged, match="Is a directory"):
+    with pytest.raises(StoreDamaged, match="not a regular file"):
         store.read(digest)
     path.rmdir()
     os.mkfifo(path)

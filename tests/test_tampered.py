@@ -131,7 +131,7 @@ def contents(workspace: Workspace) -> dict[Path, str]:
     return {
         **{path: path.name for path in stored},
         **{path: f"v{int(path.stem)}: signature" for path in versions.glob("*.sig")},
-        **dict.fromkeys((*vault.glob("*.json"), *vault.glob("*.key")), "request TD-1"),
+        **dict.fromkeys(vault.glob("*.json"), "request TD-1"),
         workspace.checkpoint: "checkpoint",
     }
 
@@ -170,6 +170,7 @@ def test_every_flipped_byte_of_what_the_others_hang_on_is_found(small: Workspace
         small.keys / "model.pub",
         small.keys / "vault.key",
         small.vault / "key",
+        *small.vault.glob("*.key"),
     ]
     tried = 0
     for path in (*chosen, small.marker):
