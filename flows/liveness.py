@@ -33,6 +33,7 @@ from prefect.states import Cancelled, Crashed
 
 from flows.environment import prefect_home
 from pipeline.files import remove
+from pipeline.patience import is_locked
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun, State
@@ -96,23 +97,16 @@ def _file(workspace: Path, run_id: str | UUID) -> Path:
 def _is_dead(workspace: Path, run: FlowRun) -> bool:
     path = _file(workspace, run.id)
     if path.exists():
-        return not _is_locked(path)
+        return not _is_alive(path)
     since = run.state.timestamp if run.state is not None else run.created
     return since is not None and datetime.now(UTC) - since > GRACE
 
 
-def _is_locked(path: Path) -> bool:
+def _is_alive(path: Path) -> bool:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+        return is_locked(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:  # it ended just now
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def reconcile(workspace: Path) -> int:
@@ -130,7 +124,7 @@ def reconcile(workspace: Path) -> int:
             _end_tasks(client, run.id)
             client.set_flow_run_state(run.id, gone, force=True)
     for path in _file(workspace, "*").parent.glob("*"):
-        if not _is_locked(path):
+        if not _is_alive(path):
             remove(path)
     return len(dead)
 

@@ -78,7 +78,11 @@ def _standing_first(workspace: Workspace) -> Iterator[None]:
 
 def _somebody_first(workspace: Workspace) -> bool:
     """Whether somebody urgent is waiting."""
-    fd = _open(workspace)
+    return is_locked(_open(workspace))
+
+
+def is_locked(fd: int) -> bool:
+    """Whether another process holds a kernel lock of an open file, which is closed."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import workspaces
 from histories import LEVEL, array_model, entries_of, make_step, prepare_step, publish, start_history
-from tampered.calls import Answer, takedown
-from workspaces import WORKS, draw_text, leaks, take_in
+from tampered.calls import call_in as call
+from workspaces import WORKS, copied, draw_text, leaks, take_in
 
 from pipeline import verify_bundle
 from pipeline.erase import erase
@@ -31,7 +31,7 @@ from pipeline.storecheck import Depth
 from pipeline.vault import Vault
 from pipeline.verify import verify
 from pipeline.versions import VersionStore
-from pipeline.workspace import Workspace, open_workspace
+from pipeline.workspace import Workspace
 
 CONTACT, REASON = "mira.quill@holder.example", "asked by the sender, case 7/26"
 
@@ -49,12 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ws(made: Path, tmp_path: Path) -> Workspace:
-    shutil.copytree(made, tmp_path / "ws")
-    return open_workspace(tmp_path / "ws")
-
-
-def call(ws: Workspace, *arguments: str) -> Answer:
-    return takedown("-w", str(ws.root), *arguments, folder=ws.root.parent)
+    return copied(made, tmp_path / "ws")
 
 
 def test_what_is_erased_is_gone_and_the_proof_stays(ws: Workspace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 from histories import array_model, entries_of, make_step, start_history
 from hypothesis import given
 from hypothesis import strategies as st
-from tampered.calls import Answer, takedown
-from workspaces import HELDOUT, KEPT, WORKS, draw_text, leaks, take_in
+from tampered.calls import call_in as call
+from workspaces import HELDOUT, KEPT, WORKS, copied, draw_text, leaks, take_in
 
 from pipeline import bloom
 from pipeline.bloom import PRIME, Bloom, run_hash, run_hashes
@@ -26,7 +25,7 @@ from pipeline.files import write_atomic
 from pipeline.guard import BITS, PARAMETERS, Guard, Spelling, letters, reach
 from pipeline.guard_export import export_guard, guarded_ranges
 from pipeline.models import load_model, load_tokenizer
-from pipeline.workspace import Workspace, open_workspace
+from pipeline.workspace import Workspace
 
 BASE = 0x123456789ABCDEF
 N = 40
@@ -318,12 +317,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ws(made: Path, tmp_path: Path) -> Workspace:
-    shutil.copytree(made, tmp_path / "ws")
-    return open_workspace(tmp_path / "ws")
-
-
-def call(ws: Workspace, *arguments: str) -> Answer:
-    return takedown("-w", str(ws.root), *arguments, folder=ws.root.parent)
+    return copied(made, tmp_path / "ws")
 
 
 def test_export_holds_what_waits_and_what_was_taken_out(ws: Workspace) -> None:

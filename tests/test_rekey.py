@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from histories import array_model, entries_of, make_step, start_history
-from tampered.calls import Answer, takedown
-from workspaces import draw_text, leaks, plain_record, take_in, write_batch
+from tampered.calls import call_in as call
+from workspaces import copied, draw_text, leaks, plain_record, take_in, write_batch
 
 from pipeline.errors import NoSpace, VaultLocked
 from pipeline.masters import MasterKeys
@@ -39,12 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ws(made: Path, tmp_path: Path) -> Workspace:
-    shutil.copytree(made, tmp_path / "ws")
-    return open_workspace(tmp_path / "ws")
-
-
-def call(ws: Workspace, *arguments: str) -> Answer:
-    return takedown("-w", str(ws.root), *arguments, folder=ws.root.parent)
+    return copied(made, tmp_path / "ws")
 
 
 def records(ws: Workspace) -> dict[str, bytes]:

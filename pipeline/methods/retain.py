@@ -1,8 +1,8 @@
 """Retain terms: which retain text a method holds on to, and how.
 
 A term is prepared at the parent like the method it belongs to. Which text is which: the pool is ``fit.anchor``, the
-passages of all retain documents that do not resemble a takedown. *In-distribution* are those that the parent recites,
-as it does the text to be removed; *general* are all others. Both published methods (Yao et al., arXiv 2402.15159) take
+passages of all retain documents that do not resemble a takedown. *In-distribution* are those that v0 recites, as it
+did the text to be removed; *general* are all others. Both published methods (Yao et al., arXiv 2402.15159) take
 them from data sets known beforehand; here the only thing known of a retain document is what the model does with it.
 
 Published terms refer to the parent: gradient descent needs no reference, and KL(p_parent ‖ p_θ) is computed here, with
@@ -19,13 +19,8 @@ from dataclasses import dataclass
 from pipeline.anchor import build_anchor
 from pipeline.errors import UsageError
 from pipeline.fit import Fit, Trace
-from pipeline.metrics import score_passages
 from pipeline.passages import Passage
 from pipeline.terms import backward_anchor, backward_retain_ce
-
-RECITED = 0.6
-"""Exact memorisation from which a retain passage counts as recited: never-seen prose is predicted at .15 by a model of
-2 M weights and at about .5 by one of 8 B, memorised text at .8 and above, openings included."""
 
 Term = Callable[[random.Random, Trace], float]
 """The retain term of one iteration: backpropagates λ · loss on some passages and returns it."""
@@ -53,18 +48,9 @@ def nothing(fit: Fit) -> Term:
     return lambda random_, trace: 0.0
 
 
-def _recited(fit: Fit) -> list[bool]:
-    scores = score_passages(fit.model, fit.anchor.passages, fit.pad_id, fit.max_tokens)
-    return [s.hits >= RECITED * s.tokens for s in scores]
-
-
-def _where(fit: Fit, recited: bool) -> Sequence[Passage]:
-    return [p for p, found in zip(fit.anchor.passages, _recited(fit), strict=True) if found == recited]
-
-
 EVERY = Pool("any", lambda fit: fit.anchor.passages)
-IN_DISTRIBUTION = Pool("recited by the model", lambda fit: _where(fit, True))
-GENERAL = Pool("not recited by the model", lambda fit: _where(fit, False))
+IN_DISTRIBUTION = Pool("recited by v0", lambda fit: fit.anchor.split()[0].passages)
+GENERAL = Pool("not recited by v0", lambda fit: fit.anchor.split()[1].passages)
 
 
 def descent(pool: Pool) -> Retain:

@@ -10,10 +10,13 @@ import os
 import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 from flows import cli
+
+if TYPE_CHECKING:
+    from pipeline.workspace import Workspace
 
 
 class Answer(NamedTuple):
@@ -52,3 +55,8 @@ def takedown(*arguments: str, folder: Path) -> Answer:
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     return Answer(code, out.getvalue(), err.getvalue())
+
+
+def call_in(workspace: Workspace, *arguments: str) -> Answer:
+    """Call ``takedown -w WORKSPACE …`` in the folder above it."""
+    return takedown("-w", str(workspace.root), *arguments, folder=workspace.root.parent)
