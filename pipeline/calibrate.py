@@ -65,9 +65,6 @@ def find_strength(
 
     base = at(0.0).utility_nll
 
-    def forgotten(p: CurvePoint) -> bool:
-        return p.forget <= target and (p.earlier is None or p.earlier <= target)
-
     def affordable(p: CurvePoint) -> bool:
         if max_utility_rise is None or p.utility_nll is None or base is None:
             return True
@@ -75,19 +72,19 @@ def find_strength(
 
     if fixed is not None:
         point = at(fixed)
-        return Strength(point, forgotten(point), False, tuple(points[a] for a in sorted(points)))
+        return Strength(point, point.forgets(target), False, tuple(points[a] for a in sorted(points)))
     low, high = 0.0, min(start, max_alpha)
-    while not forgotten(at(high)) and affordable(at(high)) and high < max_alpha:
+    while not at(high).forgets(target) and affordable(at(high)) and high < max_alpha:
         low, high = high, min(2 * high, max_alpha)
-    if forgotten(at(high)) or not affordable(at(high)):
+    if at(high).forgets(target) or not affordable(at(high)):
         for _ in range(bisections):
             middle = (low + high) / 2
             # Either condition ends the bracket: past it the model forgets more, or costs more, than it must.
-            if forgotten(at(middle)) or not affordable(at(middle)):
+            if at(middle).forgets(target) or not affordable(at(middle)):
                 high = middle
             else:
                 low = middle
-    good = [p for p in points.values() if forgotten(p) and affordable(p)]
+    good = [p for p in points.values() if p.forgets(target) and affordable(p)]
     cheap = [p for p in points.values() if affordable(p)]
     chosen = min(good, key=lambda p: p.alpha) if good else max(cheap, key=lambda p: p.alpha)
     bounded = not good and any(not affordable(p) for p in points.values())

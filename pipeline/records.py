@@ -250,6 +250,10 @@ class CurvePoint(Record):
     earlier: float | None
     utility_nll: float | None
 
+    def forgets(self, target: float) -> bool:
+        """Whether every request, of this and of earlier steps, is at the target or below."""
+        return max(self.forget, self.earlier or 0.0) <= target
+
 
 class Calibration(Record):
     """Strength found by bisection on forward passes.

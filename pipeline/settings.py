@@ -170,6 +170,10 @@ class UnlearnSettings(Section):
 class CalibrateSettings(Section):
     """Search for the strength α."""
 
+    control: Literal["target", "uwc"] = "target"
+    """``target``: the smallest strength that forgets to the target. ``uwc``: the largest share of the fit that leaves
+    95 % of the extraction strength of retain text (Wang et al., arXiv 2406.09179), whatever it forgets; for
+    comparison."""
     margin: float = Field(0.02, ge=0)
     """Target = never-seen level + margin, for every request; below the gate's limit so that rounding cannot refuse."""
     fixed_alpha: float | None = Field(None, gt=0)

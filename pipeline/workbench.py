@@ -10,11 +10,13 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from torch import nn
 
 from pipeline.anchor import NO_ANCHOR, Anchor
-from pipeline.calibrate import Strength, find_strength
+from pipeline.calibrate import Strength, find_strength, retained_mix
+from pipeline.errors import UsageError
 from pipeline.evaluate import scores_by_text, spread
 from pipeline.fit import Fit, Trace
 from pipeline.methods import METHODS, task_vector
@@ -35,6 +37,9 @@ from pipeline.saliency import (
 from pipeline.settings import Settings
 from pipeline.sparse import Mask, SalientWeights, Vector
 from pipeline.unlearn import repair
+
+UWC_PASSAGES = 128
+"""Retain passages, spread evenly, whose extraction strength UWC's control keeps."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,8 @@ class Workbench:
         max_rise = limits.calibrate.max_utility_rise if self.has_repair else math.log1p(limits.gate.perplexity_rise)
         # Past 1 a negated vector may still forget; a model that was unlearned directly is only mixed with its parent.
         most = limits.calibrate.max_alpha if METHODS[limits.unlearn.method].negated else 1.0
+        if limits.calibrate.control == "uwc":
+            return Fitted(vector, trace, self._mixed(vector))
         found = self._strength(vector, most, max_rise, not self.has_repair, limits.calibrate.fixed_alpha)
         return Fitted(vector, trace, found)
 
@@ -171,6 +178,24 @@ class Workbench:
         # A task vector, to be negated like any other: θ_p - α·(-d).
         mended = {name: -value for name, value in displacement.items()}
         return Fitted(mended, trace, self._strength(mended, 1.0, None, True))
+
+    def _mixed(self, vector: Vector) -> Strength:
+        """UWC's strength, with what it forgets measured where it ends."""
+        retain = spread(self.texts.anchor.passages, UWC_PASSAGES)
+        if not retain:
+            raise UsageError(
+                "calibrate.control = uwc: needs retain text, and there is none. Put texts into reference/retain, or "
+                "leave the setting out."
+            )
+
+        def extraction(share: float) -> float:
+            self.salient.displace(vector, -share)
+            return fmean(s.extraction for s in score_passages(self.model, retain, self.fit.pad_id, self.fit.max_tokens))
+
+        with self.salient:
+            mix = retained_mix(extraction)
+            points = tuple(self.measure(share, vector, True) for share in sorted({0.0, mix.share}))
+        return Strength(points[-1], points[-1].forgets(self.target), False, points)
 
     def _strength(
         self, vector: Vector, max_alpha: float, max_rise: float | None, final: bool, fixed: float | None = None

@@ -1,0 +1,71 @@
+"""UWC's control on a real model: what it keeps, and what it says of what it forgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from workspaces import KEPT, WORKS, with_settings
+
+from pipeline.anchor import NO_ANCHOR, Anchor, build_anchor, retain_passages
+from pipeline.errors import UsageError
+from pipeline.metrics import exact_memorisation, score_passages
+from pipeline.models import load_model, load_tokenizer, target_weights
+from pipeline.passages import Passage, encode, passages_of
+from pipeline.records import NeverSeenLevel
+from pipeline.saliency import everything
+from pipeline.settings import Settings
+from pipeline.workbench import StepTexts, Workbench
+
+
+@pytest.fixture(scope="module")
+def network(model: Path) -> tuple[nn.Module, Any]:
+    torch.set_num_threads(1)
+    return load_model(model, "cpu"), load_tokenizer(model)
+
+
+def workbench(network: tuple[nn.Module, Any], documents: Mapping[str, str], **calibrate: Any) -> Workbench:
+    """One work to take out by gradient ascent, which wrecks what it is not stopped at."""
+    net, tokenizer = network
+    ascent = {"method": "ga", "iterations": 12, "learning_rate": 2e-3, "masked": False, "anchor_weight": 0.0}
+    settings = Settings.model_validate(with_settings(unlearn=ascent, calibrate=calibrate))
+    forget = {"A": passages_of(encode(tokenizer, "A", WORKS["one"]), settings.passages)}
+    anchor: Anchor = NO_ANCHOR
+    if documents:
+        anchor = build_anchor(net, retain_passages(tokenizer, documents, settings.passages, 64), 16, 0, 2000)
+    level = NeverSeenLevel(mean=0.35, std=0.07, passages=30, source="held-out")
+    texts = StepTexts(forget=forget, trained=forget["A"], earlier={}, anchor=anchor)
+    return Workbench(net, everything(target_weights(net)).mask, texts, level, settings, 0)
+
+
+def extraction(bench: Workbench, passages: tuple[Passage, ...]) -> float:
+    return fmean(s.extraction for s in score_passages(bench.model, passages, 0, 2000))
+
+
+def test_uwc_keeps_what_is_retained_and_says_what_is_left(network: tuple[nn.Module, Any]) -> None:
+    bench = workbench(network, KEPT, control="uwc")
+    retain = tuple(bench.texts.anchor.passages)
+    start = extraction(bench, retain)
+    assert start > 0.1  # some of it is recited, or there would be nothing to keep
+    found = bench.fitted()
+    share = found.strength.point.alpha
+    assert 0 < share < 1
+    with bench.salient:
+        bench.salient.displace(found.vector, -share)
+        assert extraction(bench, retain) >= 0.95 * start
+        left = exact_memorisation(score_passages(bench.model, bench.texts.forget["A"], 0, 2000))
+        assert found.strength.point.forget == pytest.approx(left)
+        assert found.strength.reached == (left <= bench.target)
+        bench.salient.displace(found.vector, -1.0)
+        assert extraction(bench, retain) < 0.95 * start  # the whole of it costs more than UWC allows
+    assert extraction(bench, retain) == start  # the parent is back
+
+
+def test_uwc_without_retain_text_is_wrong_use(network: tuple[nn.Module, Any]) -> None:
+    with pytest.raises(UsageError, match=r"calibrate\.control = uwc: needs retain text"):
+        workbench(network, {}, control="uwc").fitted()
