@@ -14,7 +14,7 @@ import typer
 
 from flows.progress import bars
 from flows.terminal import Json, err, out, quiet_libraries, say, show_json, table
-from pipeline.benchmark.overrides import ROWS
+from pipeline.benchmark.overrides import AS_RELEASED, ROWS
 from pipeline.display import plain
 from pipeline.errors import UsageError
 from pipeline.export import to_csv
@@ -80,7 +80,7 @@ def bench(
     from pipeline.benchmark.runner import Benchmark, run_benchmark
     from pipeline.benchmark.summary import CSV_COLUMNS, csv_rows
     from pipeline.methods import METHODS
-    from pipeline.methods.ssu_as_released import NAME, TITLE
+    from pipeline.methods.ssu_as_released import TITLE
 
     places = {"texts": texts, "retain": retain, "kept": kept, "heldout": heldout, "unseen": unseen}
     asked = Benchmark(
@@ -97,7 +97,7 @@ def bench(
     )
     with bars(err, "benchmark"):
         results = run_benchmark(asked)
-    titles: dict[str, str] = {name: method.title for name, method in METHODS.items()} | {NAME: TITLE}
+    titles: dict[str, str] = {name: method.title for name, method in METHODS.items()} | {AS_RELEASED: TITLE}
     tree = results.model_dump(mode="json")
     write_atomic(folder / "results.json", json.dumps(tree, indent=1).encode() + b"\n")
     write_atomic(folder / "results.csv", to_csv(CSV_COLUMNS, csv_rows(results)).encode())

@@ -91,22 +91,7 @@ def find_strength(
     return Strength(chosen, bool(good), bounded, tuple(points[a] for a in sorted(points)))
 
 
-@dataclass(frozen=True)
-class Mix:
-    """How much of an unlearned model can be mixed in before retain performance falls.
-
-    Attributes:
-        share: a in (1 - a)·θ_p + a·θ_u.
-        retained: Retain performance there.
-        curve: Every (a, retain performance) measured, by rising a.
-    """
-
-    share: float
-    retained: float
-    curve: tuple[tuple[float, float], ...]
-
-
-def retained_mix(measure: Callable[[float], float], kept: float = 0.95, scan: int = 10, bisections: int = 6) -> Mix:
+def retained_mix(measure: Callable[[float], float], kept: float = 0.95, scan: int = 10, bisections: int = 6) -> float:
     """UWC (Wang et al., arXiv 2406.09179, section 4): the largest a with ES_retain(θ(a)) ≥ τ·ES_retain(θ_p).
 
     θ(a) = (1 - a)·θ_p + a·θ_u is the parent displaced by a times θ_u - θ_p, so that methods whose vector is negated
@@ -117,7 +102,10 @@ def retained_mix(measure: Callable[[float], float], kept: float = 0.95, scan: in
         measure: Retain performance of θ(a), extraction strength in the paper; larger is better.
         kept: τ.
         scan: Steps of the grid.
-        bisections: Halvings of the step in which it falls; the share is exact to 1 / (scan · 2^bisections).
+        bisections: Halvings of the step in which it falls.
+
+    Returns:
+        a, exact to 1 / (scan · 2^bisections).
     """
     points: dict[float, float] = {}
 
@@ -133,4 +121,4 @@ def retained_mix(measure: Callable[[float], float], kept: float = 0.95, scan: in
         for _ in range(bisections):
             middle = (low + high) / 2
             low, high = (middle, high) if at(middle) >= floor else (low, middle)
-    return Mix(low, points[low], tuple(sorted(points.items())))
+    return low

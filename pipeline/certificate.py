@@ -18,9 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from pipeline import verify_bundle
 from pipeline.certified import Answered, Certificate, LaterVersion, Measured, ProvenCheck
 from pipeline.errors import StoreDamaged, UsageError
@@ -38,8 +35,8 @@ from pipeline.keys import log_vkey, model_public_key
 from pipeline.ledger import Ledger
 from pipeline.merkle import consistency_proof, inclusion_proof, leaf_hash, root_of_hashes, verify_consistency
 from pipeline.notes import MAX_NOTE_BYTES, read_checkpoint
+from pipeline.pages import pages
 from pipeline.records import Evaluation, LedgerEntry, TextScore
-from pipeline.report_svg import plain_text
 from pipeline.report_words import decimal
 from pipeline.states import (
     RequestState,
@@ -458,15 +455,7 @@ def write_certificate(workspace: Workspace, request_id: str, folder: Path, since
 
 def render(certificate: Certificate) -> str:
     """The certificate as one printable HTML page that loads nothing and runs nothing."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_clean,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(decimal=decimal, moment=_moment)
+    environment = pages(decimal=decimal, moment=_moment)
     entries = [
         (verify_bundle.read_entry("entry", proven.leaf), proven, leaf_hash(proven.leaf.encode()).hex())
         for proven in certificate.log.entries
@@ -478,8 +467,3 @@ def render(certificate: Certificate) -> str:
 def _moment(text: str) -> str:
     """A moment in UTC, to the second."""
     return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def _clean(value: object) -> object:
-    """What Jinja calls on every output before escaping: control characters of untrusted text become visible."""
-    return plain_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -95,6 +95,15 @@ def spread(passages: Sequence[Passage], count: int) -> list[Passage]:
     return [passages[i * len(passages) // count] for i in range(count)]
 
 
+CERTAIN = 0.9
+"""A passage predicted better than this is memorised, however widely never-seen passages scatter."""
+
+
+def memorised_above(level: NeverSeenLevel, settings: ScreenSettings) -> float:
+    """Exact memorisation above which a passage is memorised: mean + sigma·std of never-seen text, at most `CERTAIN`."""
+    return min(level.mean + settings.sigma * level.std, CERTAIN)
+
+
 PLAUSIBLE = 0.6
 """No text that was never seen is predicted better than this by teacher forcing; large models reach about 0.45."""
 OUTLIER = 6.0

@@ -79,6 +79,11 @@ def forget_slices(fit: Fit) -> Sequence[Sequence[Passage]]:
     return [order[i * size : (i + 1) * size] for i in range(count)]
 
 
+def rate_at(fit: Fit, iteration: int, count: int) -> float:
+    """Share of the learning rate in an iteration, from 0: it falls evenly to ``learning_rate_end`` in the last."""
+    return 1 - (1 - fit.settings.learning_rate_end) * iteration / max(1, count - 1)
+
+
 def record(fit: Fit, loss: float, trace: Trace) -> None:
     """Note the loss of an iteration.
 

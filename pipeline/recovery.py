@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.losses import predict, sum_nll
 from pipeline.models import target_weights
 from pipeline.passages import Passage, batches
+from pipeline.saliency import everything
 from pipeline.sparse import GradientCollector, SalientWeights
 
 BITS = (8, 4)
@@ -99,8 +100,7 @@ def relearned(
         NumericalFailure: A gradient is not finite.
     """
     weights = target_weights(model)
-    everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    with SalientWeights(weights, everything) as salient:
+    with SalientWeights(weights, everything(weights).mask) as salient:
         vector = salient.zeros()
         optimiser = torch.optim.Adam(vector.values(), lr=settings.learning_rate)
         tokens = sum(len(p.continuation) for p in passages)

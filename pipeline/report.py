@@ -7,11 +7,11 @@ pages. Never: opens a file of the workspace, knows a text of a request, trusts a
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
+from pipeline.pages import pages
 from pipeline.plots import Series, alpha_curve, lines, persistence_matrix
 from pipeline.report_facts import (
     Trend,
@@ -26,7 +26,6 @@ from pipeline.report_facts import (
     trend,
 )
 from pipeline.report_lineage import ROWS, lineage_graph, storage_bars
-from pipeline.report_svg import plain_text
 from pipeline.report_views import LineageView
 from pipeline.report_words import (
     EVENTS,
@@ -140,21 +139,8 @@ def _trend_figures(curves: Trend | None) -> list[str]:
     return figures
 
 
-def _clean(value: object) -> object:
-    """What Jinja calls on every output before escaping: control characters of untrusted text become visible."""
-    return plain_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_clean,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
+    environment = pages(
         when=when,
         perplexity=perplexity,
         decimal=decimal,

@@ -172,8 +172,8 @@ class CalibrateSettings(Section):
 
     control: Literal["target", "uwc"] = "target"
     """``target``: the smallest strength that forgets to the target. ``uwc``: the largest share of the fit that leaves
-    95 % of the extraction strength of retain text (Wang et al., arXiv 2406.09179), whatever it forgets; for
-    comparison."""
+    95 % of the extraction strength of retain text (Wang et al., arXiv 2406.09179), whatever it forgets,
+    without a repair and whatever ``fixed_alpha`` says; for comparison."""
     margin: float = Field(0.02, ge=0)
     """Target = never-seen level + margin, for every request; below the gate's limit so that rounding cannot refuse."""
     fixed_alpha: float | None = Field(None, gt=0)

@@ -32,7 +32,7 @@ from pipeline.context import (
 )
 from pipeline.dedupe import dedupe, exclude_retain
 from pipeline.errors import StoreDamaged
-from pipeline.evaluate import score_texts
+from pipeline.evaluate import memorised_above, score_texts
 from pipeline.evidence import noted_exclusions
 from pipeline.files import make_folder
 from pipeline.gate import decide
@@ -71,9 +71,6 @@ from pipeline.undo import leave_out
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 from pipeline.workbench import Fitted, StepTexts, Workbench, select_weights
-
-CERTAIN = 0.9
-"""A passage predicted better than this is memorised, however widely never-seen passages scatter."""
 
 
 def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
@@ -187,8 +184,7 @@ def screen_some(workspace_root: str, run_id: str, requests: Sequence[str]) -> li
 
 def _memorised_above(run: Run) -> float:
     """A passage is memorised where the model predicts more than this share of it."""
-    level = reference(str(run.workspace.root), run.run_id).level
-    return min(level.mean + run.settings.screen.sigma * level.std, CERTAIN)
+    return memorised_above(reference(str(run.workspace.root), run.run_id).level, run.settings.screen)
 
 
 def needs_training(workspace_root: str, run_id: str) -> bool:

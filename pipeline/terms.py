@@ -78,7 +78,11 @@ def backward_anchor(fit: Fit, pool: Anchor, random_: random.Random, trace: Trace
     """λ · mean over positions of KL(reference ‖ θ) on some passages of a pool, and as many of texts put back."""
     count = fit.settings.anchor_passages
     part = pool.sample(count, random_)
-    part = part.joined(fit.put_back.sample(count, random_))
+    return backward_kl(fit, part.joined(fit.put_back.sample(count, random_)), trace)
+
+
+def backward_kl(fit: Fit, part: Anchor, trace: Trace) -> float:
+    """λ · mean over positions of KL(reference ‖ θ); nothing is run where λ is 0 or there is no passage."""
     if not fit.settings.anchor_weight or not part.passages:
         return 0.0
     trace.tokens += sum(len(p.ids) for p in part.passages)

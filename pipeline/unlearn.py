@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pipeline.fit import Backward, Fit, Trace, forget_slices, record
+from pipeline.fit import Backward, Fit, Trace, forget_slices, rate_at, record
 from pipeline.passages import Passage
 from pipeline.sparse import GradientCollector, SalientWeights, Vector
 from pipeline.terms import backward_anchor, backward_unlikelihood
@@ -71,7 +71,7 @@ def fit_full(fit: Fit, backward: Backward) -> tuple[Vector, Trace]:
         with GradientCollector(fit.salient) as gradients:
             slices = forget_slices(fit)
             for iteration, passages in enumerate(slices):
-                descent.rate(1 - (1 - fit.settings.learning_rate_end) * iteration / len(slices))
+                descent.rate(rate_at(fit, iteration, len(slices)))
                 record(fit, backward(passages, random_, trace), trace)
                 descent.step(gradients.take())
     finally:

@@ -132,9 +132,10 @@ class Workbench:
 
     @property
     def has_repair(self) -> bool:
-        """Whether a repair can follow: it is on, and there is retain text to mend towards."""
+        """Whether a repair can follow: it is on, UWC has not set the strength, and there is retain text."""
         unlearn = self.settings.unlearn
-        return bool(unlearn.repair_iterations and unlearn.anchor_weight and self.texts.anchor.passages)
+        wanted = unlearn.repair_iterations and unlearn.anchor_weight and self.settings.calibrate.control == "target"
+        return bool(wanted and self.texts.anchor.passages)
 
     def worst(self, passages: Mapping[str, Sequence[Passage]]) -> float:
         """Largest exact memorisation of a request, on the model as it stands."""
@@ -193,8 +194,7 @@ class Workbench:
             return fmean(s.extraction for s in score_passages(self.model, retain, self.fit.pad_id, self.fit.max_tokens))
 
         with self.salient:
-            mix = retained_mix(extraction)
-            points = tuple(self.measure(share, vector, True) for share in sorted({0.0, mix.share}))
+            points = tuple(self.measure(share, vector, True) for share in sorted({0.0, retained_mix(extraction)}))
         return Strength(points[-1], points[-1].forgets(self.target), False, points)
 
     def _strength(

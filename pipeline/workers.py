@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import mmap
 import os
-import signal
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import connection, get_context, parent_process, reduction
-from threading import Thread
+from multiprocessing import get_context, reduction
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from pipeline.children import begin_child
 from pipeline.corpus import Piece
 from pipeline.errors import Interrupted
 from pipeline.fingerprints import FingerprintSet
@@ -115,16 +114,8 @@ _job: list[tuple[FingerprintSet, Rule]] = []
 
 def _begin(prints: FingerprintSet, rule: Rule) -> None:
     """Start a worker: it ends with its parent, and Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with_parent, daemon=True).start()
+    begin_child()
     _job[:] = [(prints, rule)]
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _find(pieces: Sequence[Piece]) -> Results:

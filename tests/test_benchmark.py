@@ -94,15 +94,22 @@ def test_passages_file(tmp_path: Path) -> None:
     lines: list[tuple[str, str, str]] = [
         ("takedown", "b", "one two"), ("unseen", "b", "three four"), ("takedown", "a", "five six"),
         ("takedown", "b", "seven eight"), ("keep_retain", "c", "nine"), ("keep_measured", "c", "ten"),
-        ("heldout", "d", "eleven"),
+        ("heldout", "d", "eleven\u2028twelve\u0085"),
     ]  # fmt: skip
     path = tmp_path / "passages.jsonl"
-    path.write_text("\n".join(json.dumps(dict(zip(("split", "source", "text"), x, strict=True))) for x in lines))
+    rows = [dict(zip(("split", "source", "text"), x, strict=True)) for x in lines]
+    # JSON may hold these line ends as they are.
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), newline="")
     texts = read_texts(Inputs(texts=str(path)))
     assert list(texts.steps) == ["b", "a"]  # in the order of the file
     assert texts.steps["b"] == {"b": [BenchText("one two", True), BenchText("seven eight", True)]}
     found = {group: [item.text for item in items.values()] for group, items in texts.groups().items()}
-    assert found == {"retain": ["nine"], "kept": ["ten"], "heldout": ["eleven"], "unseen": ["three four"]}
+    assert found == {
+        "retain": ["nine"],
+        "kept": ["ten"],
+        "heldout": ["eleven\u2028twelve\u0085"],
+        "unseen": ["three four"],
+    }
 
 
 def test_all_problems_of_the_texts_are_told(tmp_path: Path) -> None:

@@ -147,34 +147,41 @@ def test_a_fixed_strength_is_taken_and_judged(fixed: float, reached: bool) -> No
 # --- UWC --------------------------------------------------------------------------------------------------
 
 
+class Performance:
+    """Retain performance, with every point that was asked for."""
+
+    def __init__(self, curve: Callable[[float], float]) -> None:
+        self.curve, self.points, self.calls = curve, dict[float, float](), 0
+
+    def __call__(self, share: float) -> float:
+        self.calls += 1
+        self.points[share] = self.curve(share)
+        return self.points[share]
+
+
 @given(edge=st.floats(0.0, 1.0), start=st.floats(0.1, 1.0), kept=st.floats(0.5, 1.0))
 def test_the_largest_share_that_keeps_enough(edge: float, start: float, kept: float) -> None:
     """Performance holds up to an edge and then falls below the floor."""
-    found = retained_mix(lambda a: start if a <= edge else 0.4 * start, kept)
-    assert found.share <= edge < found.share + 1 / (10 * 2**6) + 1e-12 or found.share == edge == 1.0
-    assert found.retained == start and (found.share, start) in found.curve
-    assert [a for a, _ in found.curve] == sorted({a for a, _ in found.curve})
+    measured = Performance(lambda a: start if a <= edge else 0.4 * start)
+    found = retained_mix(measured, kept)
+    assert found <= edge < found + 1 / (10 * 2**6) + 1e-12 or found == edge == 1.0
+    assert measured.points[found] == start and measured.calls == len(measured.points)  # none measured twice
 
 
 @given(values=st.lists(st.floats(0.0, 1.0), min_size=200, max_size=200), kept=st.floats(0.5, 1.0))
 def test_on_any_curve_the_share_was_measured_and_none_larger_was_good(values: list[float], kept: float) -> None:
-    found = retained_mix(lambda a: values[round(a * 199)], kept)
+    measured = Performance(lambda a: values[round(a * 199)])
+    found = retained_mix(measured, kept)
     floor = kept * values[0]
-    assert found.share == 0.0 or found.retained >= floor
-    assert all(value < floor for a, value in found.curve if a > found.share)
+    assert found == 0.0 or measured.points[found] >= floor
+    assert all(value < floor for a, value in measured.points.items() if a > found)
 
 
 def test_nothing_is_searched_where_the_whole_model_is_good_enough() -> None:
-    tried: list[float] = []
-
-    def measure(share: float) -> float:
-        tried.append(share)
-        return 1.0 - 0.04 * share
-
-    found = retained_mix(measure)
-    assert found.share == 1.0 and found.retained == pytest.approx(0.96) and tried == [0.0, 1.0]
+    measured = Performance(lambda a: 1.0 - 0.04 * a)
+    assert retained_mix(measured) == 1.0
+    assert measured.points == {0.0: 1.0, 1.0: pytest.approx(0.96)}
 
 
 def test_a_model_that_keeps_nothing_is_not_mixed_in() -> None:
-    found = retained_mix(lambda a: float(a == 0))
-    assert found.share == 0.0 and found.retained == 1.0
+    assert retained_mix(lambda a: float(a == 0)) == 0.0

@@ -87,7 +87,8 @@ def test_settings_offer_every_method_with_defaults_that_are_valid(tmp_path: Path
         path.write_text(f'[unlearn]\nmethod = "{name}"\nlearning_rate = 7e-5\n')
         found = read_settings(path).unlearn
         assert found == UnlearnSettings.model_validate(found.model_dump())  # resolved: nothing is filled in twice
-        expected = UnlearnSettings().model_dump() | dict(method.defaults) | {"method": name, "learning_rate": 7e-5}
+        own = dict(METHOD_DEFAULTS[method.name]) | {"method": name, "learning_rate": 7e-5}
+        expected = UnlearnSettings().model_dump() | own
         assert found.model_dump() == expected
 
 
@@ -173,6 +174,27 @@ def test_a_loss_that_is_not_finite_stops_the_fit(
     with pytest.raises(NumericalFailure, match="not finite"):
         task_vector(fit, mask)
     assert all(torch.equal(t, parent[n]) for n, t in bits(model).items())
+
+
+@pytest.mark.parametrize("parameterisation", PARAMETERISATIONS)
+def test_the_learning_rate_falls_evenly_to_its_end(
+    parameterisation: str, load: LoadModel, passages: Sequence[Passage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    plain = torch.optim.AdamW.step
+
+    def noted(self: torch.optim.AdamW, *args: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return plain(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    model = load("llama")
+    mask = mask_of(model, passages, True)
+    chosen = settings("tv", parameterisation=parameterisation, iterations=5, learning_rate_end=0.2)
+    chosen = chosen.model_copy(update={"passages_per_iteration": 16})
+    task_vector(make_fit(model, mask, passages, NO_ANCHOR, chosen), mask)
+    start = {"full": chosen.learning_rate, "lora": chosen.lora_learning_rate}[parameterisation]
+    assert rates == pytest.approx([start * share for share in (1.0, 0.8, 0.6, 0.4, 0.2)])
 
 
 @pytest.mark.parametrize("name", [n for n, d in METHOD_DEFAULTS.items() if d.get("anchor_weight")])

@@ -146,12 +146,12 @@ def test_the_excess_is_a_hinge(memory: tuple[nn.Module, Any, list[list[Passage]]
         odds = log_odds(logits, torch.tensor(one.continuation))
     trace = Trace()
     with gradients(fit):
-        assert backward_excess(fit, [one], {one: odds + 1}, 1.0, trace) == 0.0
-        assert backward_excess(fit, [one], {one: odds - 2}, 3.0, trace) == pytest.approx(6.0, rel=1e-4)
+        assert backward_excess(fit, [one], {one: odds + 1}, trace) == 0.0
+        assert backward_excess(fit, [one], {one: odds - 2}, trace) == pytest.approx(2.0, rel=1e-4)
         half = odds.clone()
         half[::2] -= 4
         expected = 4 * len(half[::2]) / len(half)
-        assert backward_excess(fit, [one], {one: half}, 1.0, trace) == pytest.approx(expected, rel=1e-4)
+        assert backward_excess(fit, [one], {one: half}, trace) == pytest.approx(expected, rel=1e-4)
         assert trace.tokens == 3 * len(one.ids)
 
 
@@ -187,7 +187,7 @@ def test_what_is_out_is_not_pushed_further_down(memory: tuple[nn.Module, Any, li
     fit = replace(fit_of(model, taken, anchor), target=1.0)  # all of it counts as out
     low = {p: torch.full((len(p.continuation),), -30.0) for p in taken}
     with gradients(fit):
-        assert backward_excess(fit, taken, held_at(fit, taken, low), 1.0, Trace()) == pytest.approx(0.0, abs=1e-4)
+        assert backward_excess(fit, taken, held_at(fit, taken, low), Trace()) == pytest.approx(0.0, abs=1e-4)
     assert held_at(replace(fit, target=0.0), taken, low) == low  # what has risen is pushed like anything new
     high = {p: torch.full((len(p.continuation),), 40.0) for p in taken}
     assert all(torch.equal(t, high[p]) for p, t in held_at(fit, taken, high).items())

@@ -16,12 +16,12 @@ from torch import nn
 
 import pipeline.methods.ssu_as_released as released_module
 from pipeline.anchor import NO_ANCHOR
+from pipeline.benchmark.overrides import AS_RELEASED
 from pipeline.errors import InvalidInput, NumericalFailure
 from pipeline.fit import Fit
 from pipeline.method_defaults import MethodName
 from pipeline.methods import METHODS
 from pipeline.methods.ssu_as_released import (
-    NAME,
     Released,
     fit_as_released,
     half_difference,
@@ -45,9 +45,9 @@ def make_fit(model: nn.Module, passages: Sequence[Passage]) -> Fit:
 
 
 def test_no_takedown_can_use_it(tmp_path: Path) -> None:
-    assert NAME not in METHODS and NAME not in typing.get_args(MethodName)
+    assert AS_RELEASED not in METHODS and AS_RELEASED not in typing.get_args(MethodName)
     path = tmp_path / "takedown.toml"
-    path.write_text(f'[unlearn]\nmethod = "{NAME}"\n')
+    path.write_text(f'[unlearn]\nmethod = "{AS_RELEASED}"\n')
     with pytest.raises(InvalidInput, match=r"unlearn\.method"):
         read_settings(path)
 

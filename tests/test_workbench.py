@@ -66,6 +66,17 @@ def test_uwc_keeps_what_is_retained_and_says_what_is_left(network: tuple[nn.Modu
     assert extraction(bench, retain) == start  # the parent is back
 
 
+def test_uwc_is_not_undone_by_a_repair(network: tuple[nn.Module, Any]) -> None:
+    def mending(control: str) -> Workbench:
+        bench = workbench(network, KEPT, control=control)
+        more = {"repair_iterations": 5, "anchor_weight": 1.0}
+        chosen = bench.settings.unlearn.model_copy(update=more)
+        bench.settings = bench.settings.model_copy(update={"unlearn": chosen})
+        return bench
+
+    assert mending("target").has_repair and not mending("uwc").has_repair
+
+
 def test_uwc_without_retain_text_is_wrong_use(network: tuple[nn.Module, Any]) -> None:
     with pytest.raises(UsageError, match=r"calibrate\.control = uwc: needs retain text"):
         workbench(network, {}, control="uwc").fitted()

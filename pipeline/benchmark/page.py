@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.benchmark.figures import Point, bars, frontier_plot
@@ -30,8 +28,8 @@ from pipeline.benchmark.summary import (
     under_attack,
 )
 from pipeline.metrics import frontier
+from pipeline.pages import pages
 from pipeline.plots import Series, lines, persistence_matrix
-from pipeline.report_svg import plain_text
 
 FORGOTTEN = 0.05
 """A text counts as forgotten up to so much above never-seen text: the marks of the persistence matrix."""
@@ -96,7 +94,7 @@ def render(results: Results, titles: dict[str, str]) -> str:
     views = [_view(results, method, titles, shown, attacks) for method in results.methods]
     steps = [last_step(results, m) for m in results.methods if m not in FIXED]
     costly = [(m, title_of(m, titles)) for m in results.methods if m not in FIXED]
-    return _environment().get_template("benchmark.html").render(
+    return pages(number=_number).get_template("benchmark.html").render(
         results=results,
         columns=shown,
         attacks=attacks,
@@ -221,20 +219,3 @@ def _number(spread: Spread | None, places: int = 3) -> Markup:
         return Markup("–")
     below = f" <small>± {spread.std:.{places}f}</small>" if spread.seeds > 1 else ""
     return Markup(f"{spread.mean:.{places}f}{below}")
-
-
-def _clean(value: object) -> object:
-    return plain_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent.parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_clean,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = _number
-    return environment

@@ -6,13 +6,11 @@ times are compared.
 
 from __future__ import annotations
 
-import os
-import signal
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context
 from pathlib import Path
-from threading import Thread
 
 from pipeline.benchmark.records import Job
+from pipeline.children import begin_child
 from pipeline.errors import EvidenceError, Interrupted, TakedownError, UsageError
 from pipeline.progress import listening, tell
 
@@ -56,8 +54,7 @@ def run_alone(job: Job, folder: Path) -> None:
 
 def _begin(job: str, folder: str, send: connection.Connection) -> None:
     """The new process: torch is imported here, and Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with_parent, daemon=True).start()
+    begin_child()
     import torch
     import transformers
 
@@ -72,10 +69,3 @@ def _begin(job: str, folder: str, send: connection.Connection) -> None:
             work(task, Path(folder))
         except TakedownError as error:
             send.send(("failed", (error.exit_code, str(error))))
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)

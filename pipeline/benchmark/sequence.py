@@ -14,9 +14,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
 from pipeline.anchor import Anchor
 from pipeline.benchmark.cost import Meter
 from pipeline.benchmark.measure import Measured, group_score, measure, membership, together
@@ -39,7 +36,7 @@ from pipeline.benchmark.records import (
     Screened,
     Stopped,
 )
-from pipeline.benchmark.subject import Subject, load_subject, refuse_unmemorised, screen
+from pipeline.benchmark.subject import Subject, load_subject, put_weights, refuse_unmemorised, screen
 from pipeline.errors import NumericalFailure
 from pipeline.evaluate import spread
 from pipeline.files import read_json, remove, write_json
@@ -60,7 +57,7 @@ from pipeline.recovery import (
     with_prompt,
 )
 from pipeline.saliency import everything
-from pipeline.sparse import checked, save_tensors
+from pipeline.sparse import save_tensors
 from pipeline.workbench import StepTexts, Workbench, select_weights
 
 ASKED_NOT_TO = (
@@ -193,12 +190,12 @@ def _take_down_all(job: Job, subject: Subject, screened: Screened, folder: Path)
     steps, seed, done = list(subject.steps), job.settings.runtime.seed, finished_rows(folder)
     anchor = subject.anchor()
     if done:
-        _restore(subject, folder, done[-1])
+        weights = done[-1].weights
+        assert weights is not None  # a method's rows always have some
+        put_weights(subject.model, folder, weights)
     count = Counter("steps", len(steps))
     count.add(len(done))
     for number in range(len(done) + 1, len(steps) + 1):
-        # So that a step draws the same whether or not the steps before it were done by this process.
-        torch.manual_seed(seed * 1000 + number)
         with Meter(subject.model) as meter:
             change = take_down(subject, screened, steps[:number], anchor, job.method == AS_RELEASED)
         row = row_of(job.method, seed, steps, number, _measured(job, subject))
@@ -264,18 +261,6 @@ def take_down(
 
 def _keep(folder: Path, done: Finished) -> None:
     write_json(folder / f"step-{done.row.step:03}.json", done.model_dump(mode="json"))
-
-
-def _restore(subject: Subject, folder: Path, done: Finished) -> None:
-    """Bring back the weights after a finished step.
-
-    Raises:
-        StoreDamaged: They are not what was written.
-    """
-    assert done.weights is not None  # a method's rows always have some
-    with safe_open(checked(folder, done.weights), framework="pt") as file:
-        for name, weight in target_weights(subject.model).items():
-            weight.data.copy_(file.get_tensor(name))
 
 
 # --- under attack -----------------------------------------------------------------------------------------

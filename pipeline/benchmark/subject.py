@@ -11,22 +11,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 
 from pipeline.anchor import NO_ANCHOR, Anchor, build_anchor
 from pipeline.benchmark.records import Inputs, Job, Screened, ScreenedText
 from pipeline.benchmark.texts import BenchText, BenchTexts, read_texts, usable_retain
 from pipeline.errors import EvidenceError, UsageError
-from pipeline.evaluate import never_seen_level, scores_by_text, spread
+from pipeline.evaluate import memorised_above, never_seen_level, scores_by_text, spread
 from pipeline.metrics import exact_memorisation, score_passages
-from pipeline.models import check_tokenizer, load_model, load_tokenizer
+from pipeline.models import check_tokenizer, load_model, load_tokenizer, target_weights
 from pipeline.passages import Passage, encode, pad_id, passages_of, prompt_prefix
 from pipeline.recited import anchor_passages
-from pipeline.records import PassageSpan
+from pipeline.records import FileRef, PassageSpan
 from pipeline.settings import PassageSettings, Settings
-
-CERTAIN = 0.9
-"""A passage predicted better than this is memorised, however widely never-seen passages scatter."""
+from pipeline.sparse import checked
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def screen(subject: Subject) -> Screened:
     never = subject.groups.get("unseen") or subject.groups.get("heldout") or []
     scores = score_passages(subject.model, never, subject.pad, subject.max_tokens)
     level = never_seen_level(scores, [], settings.screen)
-    above = min(level.mean + settings.screen.sigma * level.std, CERTAIN)
+    above = memorised_above(level, settings.screen)
     requests = {}
     for step, texts in subject.steps.items():
         found = scores_by_text(subject.model, texts, subject.pad, subject.max_tokens)
@@ -156,6 +155,17 @@ def screen(subject: Subject) -> Screened:
             for name, scores in found.items()
         }
     return Screened(level=level, memorised_above=above, requests=requests)
+
+
+def put_weights(model: nn.Module, folder: Path, ref: FileRef) -> None:
+    """Put kept target weights into a model, one tensor at a time.
+
+    Raises:
+        StoreDamaged: They are not what was written.
+    """
+    with safe_open(checked(folder, ref), framework="pt") as file:
+        for name, weight in target_weights(model).items():
+            weight.data.copy_(file.get_tensor(name))
 
 
 def refuse_unmemorised(screened: Screened) -> None:

@@ -10,12 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from pipeline.benchmark.records import Finished, Job
+from pipeline.benchmark.subject import put_weights
 from pipeline.errors import UsageError
-from pipeline.models import load_model, load_tokenizer, target_weights
-from pipeline.sparse import checked
+from pipeline.models import load_model, load_tokenizer
 
 FIRST = (
     "acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none", "word_perplexity,none",
@@ -54,9 +52,7 @@ def run_tasks(job: Job, folder: Path, last: Finished | None, tasks: Sequence[str
     source = Path(job.model)
     model, tokenizer = load_model(source, job.settings.runtime.device), load_tokenizer(source)
     if last is not None and last.weights is not None:
-        with safe_open(checked(folder, last.weights), framework="pt") as file:
-            for name, weight in target_weights(model).items():
-                weight.data.copy_(file.get_tensor(name))
+        put_weights(model, folder, last.weights)
     found = simple_evaluate(model=wrapped(pretrained=model, tokenizer=tokenizer), tasks=list(tasks), log_samples=False)
     scores = {}
     for task, metrics in found["results"].items():

@@ -153,7 +153,7 @@ def _read_steps(folder: Path, found: BenchTexts, problems: list[Problem]) -> Non
 def _read_passages(path: Path, found: BenchTexts, problems: list[Problem]) -> None:
     """Lines ``{"split": …, "source": …, "text": …}``; every source of the split ``takedown`` is a step."""
     text = _read(path, problems)
-    for number, line in enumerate((text or "").splitlines(), 1):
+    for number, line in enumerate((text or "").split("\n"), 1):
         where = f"{path}: line {number}"
         if not line.strip():
             continue

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.fit import Backward, Fit
-from pipeline.method_defaults import METHOD_DEFAULTS, MethodName
+from pipeline.method_defaults import MethodName
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,3 @@ class Method:
     source: str
     prepare: Callable[[Fit], Backward]
     negated: bool = False
-
-    @property
-    def defaults(self) -> Mapping[str, Any]:
-        """What it sets in `pipeline.settings.UnlearnSettings` unless told otherwise."""
-        return METHOD_DEFAULTS[self.name]

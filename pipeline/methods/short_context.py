@@ -24,14 +24,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pipeline.anchor import Anchor, anchor_loss
+from pipeline.anchor import Anchor
 from pipeline.fit import Backward, Fit, Trace
-from pipeline.losses import log_odds, predict, token_nll
+from pipeline.losses import Predictions, log_odds, predict, token_nll
 from pipeline.methods.method import Method
 from pipeline.methods.retain import EVERY, chosen
 from pipeline.metrics import exact_memorisation, score_passages
 from pipeline.passages import Passage, batches
-from pipeline.terms import device_of
+from pipeline.terms import backward_kl, backward_sum, device_of
 
 BEGINNING = 16
 """Tokens of unrelated text before the window: enough to be in the middle of a text, too few to matter more."""
@@ -126,17 +126,16 @@ def held_at(fit: Fit, passages: Sequence[Passage], known: Ceilings) -> dict[Pass
     return found
 
 
-def backward_excess(fit: Fit, passages: Sequence[Passage], known: Ceilings, weight: float, trace: Trace) -> float:
-    """weight · mean over tokens of how far their log-odds are above their ceiling."""
-    tokens, device, total = sum(len(p.continuation) for p in passages), device_of(fit), 0.0
-    for batch in batches(passages, fit.max_tokens, fit.pad_id, device):
-        logits, true, scored = predict(fit.model, batch)
-        ceiling = torch.cat([known[passages[i]] for i in batch.rows]).to(device)
-        loss = (log_odds(logits[scored], true[scored]) - ceiling).clamp_min(0).sum() * (weight / tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-        trace.tokens += batch.ids.numel()
-    return total
+def backward_excess(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: Trace) -> float:
+    """Mean over tokens of how far their log-odds are above their ceiling."""
+    tokens = sum(len(p.continuation) for p in passages)
+
+    def share_of(predictions: Predictions, rows: Sequence[int]) -> torch.Tensor:
+        logits, true, scored = predictions
+        ceiling = torch.cat([known[passages[i]] for i in rows]).to(logits.device)
+        return (log_odds(logits[scored], true[scored]) - ceiling).clamp_min(0).sum() / tokens
+
+    return backward_sum(fit, passages, share_of, trace)
 
 
 def backward_held(fit: Fit, recited: Anchor, other: Anchor, random_: random.Random, trace: Trace) -> float:
@@ -148,10 +147,7 @@ def backward_held(fit: Fit, recited: Anchor, other: Anchor, random_: random.Rand
     settings = fit.settings
     part = recited.sample(settings.recited_passages, random_).joined(other.sample(settings.anchor_passages, random_))
     part = part.joined(fit.put_back.sample(settings.anchor_passages, random_))
-    if not settings.anchor_weight or not part.passages:
-        return 0.0
-    trace.tokens += sum(len(p.ids) for p in part.passages)
-    return anchor_loss(fit.model, part, fit.pad_id, fit.max_tokens, settings.anchor_weight)
+    return backward_kl(fit, part, trace)
 
 
 def prepare(fit: Fit) -> Backward:
@@ -166,10 +162,10 @@ def prepare(fit: Fit) -> Backward:
     recited, other = fit.anchor.split()
 
     def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
-        loss = backward_excess(fit, passages, known, 1.0, trace)
+        loss = backward_excess(fit, passages, known, trace)
         again = random_.sample(replayed, min(len(passages), len(replayed)))
         if again:
-            loss += backward_excess(fit, again, known, 1.0, trace)
+            loss += backward_excess(fit, again, known, trace)
         return loss + backward_held(fit, recited, other, random_, trace)
 
     return backward

@@ -35,7 +35,6 @@ from pipeline.passages import Passage, collate, with_continuation
 from pipeline.sparse import Vector
 from pipeline.terms import device_of
 
-NAME = "ssu-as-released"
 TITLE = "SSU as released"
 
 
