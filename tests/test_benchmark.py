@@ -22,7 +22,7 @@ from pipeline.benchmark.cost import Meter
 from pipeline.benchmark.measure import compare, group_score, measure, membership, together
 from pipeline.benchmark.overrides import read_overrides
 from pipeline.benchmark.records import FIXED, UNDER_ATTACK, Finished, Inputs, Results, Screened
-from pipeline.benchmark.subject import load_subject, passages_in
+from pipeline.benchmark.subject import load_subject, passages_in, put_weights
 from pipeline.benchmark.summary import privleak_reading
 from pipeline.benchmark.texts import BenchText, read_texts, usable_retain
 from pipeline.errors import EvidenceError, Interrupted, InvalidInput, NumericalFailure, StoreDamaged, UsageError
@@ -219,7 +219,9 @@ def test_a_method_forgets_and_its_rows_say_what_its_weights_do(
     assert not (unlearned / "weights-001.safetensors").exists()  # only the newest are kept
     # The weights on disk are the ones measured.
     subject = load_subject(benchmarking.job(model, inputs, "ssu")).memorised(screened[0])
-    sequence._restore(subject, unlearned, done[-1])
+    weights = done[-1].weights
+    assert weights is not None
+    put_weights(subject.model, unlearned, weights)
     passages = subject.of_step("step-1")
     scores = score_passages(subject.model, passages, subject.pad, subject.max_tokens)
     assert exact_memorisation(scores) == last.persistence["step-1"]

@@ -132,7 +132,7 @@ def test_a_copy_that_fails_leaves_the_one_before(server: str, client: Any, index
     share_index(index, server, "takedown")
     before = client.dbsize()
     index.add_many((f"N-{n}", draw_text(n, 300)) for n in range(40))
-    client.config_set("maxmemory", client.info("memory")["used_memory"] + 1)
+    client.config_set("maxmemory", 1)  # every write fails; when a limit above what is used is met depends on buffers
     with pytest.raises(Interrupted, match="copy before is still in use") as caught:
         share_index(index, server, "takedown")
     assert "secret" not in str(caught.value)
