@@ -5,14 +5,13 @@ In: the settings. Out: a task runner of Prefect. Never: Dask or Ray imported wit
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from prefect import Task, unmapped
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from pipeline.errors import UsageError
+from pipeline.clusters import dask_place, missing, ray_place
 from pipeline.settings import RuntimeSettings
 
 
@@ -56,28 +55,20 @@ def task_runner(runtime: RuntimeSettings) -> TaskRunner[Any]:
     try:
         return _on_dask(runtime.workers) if runtime.runner == "dask" else _on_ray(runtime.workers)
     except ImportError as error:
-        raise UsageError(
-            f'runtime.runner = "{runtime.runner}" needs an extra: pip install "takedown-pipeline[{runtime.runner}]". '
-            "Nothing was changed."
-        ) from error
+        raise missing(runtime.runner) from error
 
 
 def _on_dask(workers: int) -> TaskRunner[Any]:
     from prefect_dask import DaskTaskRunner
 
-    address = os.environ.get("TAKEDOWN_DASK_ADDRESS")
-    local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-    made: TaskRunner[Any] = DaskTaskRunner(address=address, cluster_kwargs=None if address else local)
+    address, local = dask_place(workers)
+    made: TaskRunner[Any] = DaskTaskRunner(address=address, cluster_kwargs=local or None)
     return made
 
 
 def _on_ray(workers: int) -> TaskRunner[Any]:
-    # No reports of use, and no token file in the home of whoever runs this.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    address, local = ray_place(workers)
     from prefect_ray import RayTaskRunner
 
-    address = os.environ.get("RAY_ADDRESS")
-    local = {"num_cpus": workers, "include_dashboard": False}
-    made: TaskRunner[Any] = RayTaskRunner(address=address, init_kwargs={} if address else local)
+    made: TaskRunner[Any] = RayTaskRunner(address=address, init_kwargs=local)
     return made

@@ -51,6 +51,8 @@ def find_copies_in(
     """Search a training corpus for documents that hold a claimed work or a piece of one, so that the next training
     leaves them out. Reads only.
 
+    With runtime.runner = "dask" or "ray" in the settings, workers of that cluster search; this process reads.
+
     All requests count but withdrawn and reinstated ones. A copy is three different runs of ten words of one work
     within 300 words. Interrupted, the same command with --out goes on. Exit 1 when something could not be read.
 
@@ -73,7 +75,8 @@ def find_copies_in(
         raise UsageError(f"There is nothing to search: no file in {', '.join(SUFFIXES)}, but {others:,} others.")
     with _hits_file(file) as path:
         with bars(err, "reading"):
-            outcome = find_copies(prints, files, path, Rule(hits=1 if thorough else 3), text_field, workers, note)
+            rule, runner = Rule(hits=1 if thorough else 3), workspace.settings().runtime.runner
+            outcome = find_copies(prints, files, path, rule, text_field, workers, runner, note)
         faults = (*(Fault(where=p.where, found=p.found, count=1) for p in unread), *outcome.faults)
         outcome = outcome.model_copy(update={"faults": faults})
         if as_json:

@@ -38,6 +38,7 @@ from pipeline.progress import tell
 from pipeline.records import LedgerEntry, Record
 from pipeline.references import boilerplate
 from pipeline.scan import BRIDGED_WORDS, KEY, UNIT_CHARS, WITHIN_WORDS, Assembly, Copy, Rule, weight
+from pipeline.settings import Runner
 from pipeline.states import request_states
 from pipeline.vault import open_vault, received_data
 from pipeline.workers import searching
@@ -168,6 +169,7 @@ def find_copies(
     rule: Rule,
     text_field: str = "text",
     workers: int = 1,
+    runner: Runner = "threads",
     note: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Search files and write what is found; go on where the same search was interrupted.
@@ -181,11 +183,13 @@ def find_copies(
         rule: When a document counts.
         text_field: Field of JSON objects, and column of tables, that holds the text.
         workers: Processes.
+        runner: Whose: of this machine, or of a cluster.
         note: Told that a search goes on from an earlier one, or why it does not.
 
     Raises:
         WorkspaceBusy: Another process writes the same file.
         NoSpace: The disk is full; the same command goes on.
+        UsageError: The cluster's extra is not installed.
         Interrupted: A worker died; the same command goes on.
     """
     key = {
@@ -199,7 +203,7 @@ def find_copies(
         assembly = _assembly(spool.state, prints, rule)
         size = sum(file.size for file in files)
         batches = read_batches(files, text_field, spool.state.file, spool.state.pieces)
-        with searching(prints, rule, workers) as search:
+        with searching(prints, rule, workers, runner) as search:
             for batch, results in search((batch, batch.pieces) for batch in batches):
                 spool.take(batch, list(assembly.take(results)), files, assembly)
                 tell("find copies", batch.read >> 20, size >> 20, f"MiB, {spool.state.totals.copies:,} copies")

@@ -227,6 +227,10 @@ class VaultSettings(Section):
     workspace opens no text. ``TAKEDOWN_VAULT_KEY``, where it is set, goes before it."""
 
 
+Runner = Literal["threads", "dask", "ray"]
+"""Workers of this machine, or of a cluster."""
+
+
 class RuntimeSettings(Section):
     """Where and how the numbers are computed."""
 
@@ -235,9 +239,10 @@ class RuntimeSettings(Section):
     batch_tokens: int = Field(4096, gt=0)
     """Most tokens, padding included, in one forward pass."""
     seed: int = 0
-    runner: Literal["threads", "dask", "ray"] = Field("threads", exclude=True)
-    """What runs the pieces of stages that map over requests; ``dask`` and ``ray`` need the extra of that name. Changes
-    no byte of a result, so it is not part of a run's identity; nor is the number below."""
+    runner: Runner = Field("threads", exclude=True)
+    """What runs the pieces of stages that map over requests, and `takedown find-copies`, which takes processes instead
+    of threads; ``dask`` and ``ray`` need the extra of that name. Changes no byte of a result, so it is not part of a
+    run's identity; nor is the number below."""
     workers: int = Field(2, ge=1, le=1024, exclude=True)
     """Pieces that are worked on at the same time; each Dask or Ray worker loads the model for itself."""
 

@@ -1,7 +1,7 @@
-"""Searching in several processes of this machine: the same set of fingerprints in all, mapped from one file.
+"""Searching in several processes: of this machine, with one mapped file of fingerprints in all, or of a cluster.
 
-In: lists of pieces, in order. Out: what `pipeline.scan.find` makes of each, in that order. Never: a worker that
-outlives its parent, however that ends; more lists in memory than the workers need to stay busy.
+In: lists of pieces, in order. Out: what `pipeline.scan.find` makes of each, in that order. Never: a process of this
+machine that outlives its parent, however that ends; more lists in memory than the workers need to stay busy.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from pipeline.children import begin_child
+from pipeline.clusters import searching_on
 from pipeline.corpus import Piece
 from pipeline.errors import Interrupted
 from pipeline.fingerprints import FingerprintSet
 from pipeline.scan import Copy, Rule, Stretch, find
+from pipeline.settings import Runner
 
 T = TypeVar("T")
 Results = list[Copy | Stretch]
@@ -34,27 +36,41 @@ _AHEAD = 2
 
 @contextmanager
 def searching(
-    prints: FingerprintSet, rule: Rule, workers: int
+    prints: FingerprintSet, rule: Rule, workers: int, runner: Runner = "threads"
 ) -> Iterator[Callable[..., Iterator[tuple[Any, Results]]]]:
     """Give a function that searches ``(label, pieces)`` pairs and yields ``(label, results)`` pairs in their order.
 
     Args:
         prints: What is looked for.
         rule: When a document counts.
-        workers: Processes; 1: all is done in this one.
+        workers: Processes; 1 without a cluster: all is done in this one.
+        runner: ``dask`` or ``ray``: workers of that cluster; else processes of this machine.
 
     Raises:
-        Interrupted: A worker process died.
+        UsageError: The cluster's extra is not installed.
+        Interrupted: A worker process died, or the cluster cannot be reached.
     """
-    if workers == 1:
+    if runner != "threads":
+        with searching_on(runner, prints, rule, workers) as (submit, count):
+            yield lambda batches: _in_order(submit, batches, _AHEAD * count)
+    elif workers == 1:
         yield lambda batches: ((label, find(pieces, prints, rule)) for label, pieces in batches)
-        return
+    else:
+        with _processes(prints, rule, workers) as submit:
+            yield lambda batches: _in_order(submit, batches, _AHEAD * workers)
+
+
+@contextmanager
+def _processes(
+    prints: FingerprintSet, rule: Rule, workers: int
+) -> Iterator[Callable[[Sequence[Piece]], Future[Results]]]:
+    """Processes of this machine."""
     # Not forked: this process has threads, and what they hold would stay locked in the copies.
     with tempfile.TemporaryFile() as file:
         shared: Any = _Shared(prints, file)  # a `FingerprintSet` where it arrives
         pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(shared, rule))
         try:
-            yield lambda batches: _in_order(pool, batches, _AHEAD * workers)
+            yield lambda pieces: pool.submit(_find, pieces)
         except BrokenProcessPool as error:
             raise Interrupted(
                 "A worker process died, perhaps for want of memory. Nothing found so far is lost with --out: run the "
@@ -65,11 +81,11 @@ def searching(
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, batches: Iterable[tuple[T, Sequence[Piece]]], ahead: int
+    submit: Callable[[Sequence[Piece]], Any], batches: Iterable[tuple[T, Sequence[Piece]]], ahead: int
 ) -> Iterator[tuple[T, Results]]:
-    waiting: deque[tuple[T, Future[Results]]] = deque()
+    waiting: deque[tuple[T, Any]] = deque()  # futures, each library has its own
     for label, pieces in batches:
-        waiting.append((label, pool.submit(_find, pieces)))
+        waiting.append((label, submit(pieces)))
         if len(waiting) > ahead:
             first, future = waiting.popleft()
             yield first, future.result()

@@ -302,6 +302,40 @@ def test_the_file_does_not_depend_on_the_number_of_workers(
     assert (tmp_path / "one").read_bytes() == (tmp_path / "several").read_bytes() and one == several
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("runner", ["dask", "ray"])
+def test_workers_of_a_cluster_find_the_same(some: Path, tmp_path: Path, small: None, runner: str) -> None:
+    pytest.importorskip({"dask": "distributed", "ray": "ray"}[runner])
+    one, _ = searched(some, tmp_path / "one")
+    several, _ = searched(some, tmp_path / "several", workers=2, runner=runner)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "several").read_bytes() and one == several
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_used_twice_and_one_that_is_not_there(
+    some: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed, dask = pytest.importorskip("distributed"), pytest.importorskip("dask")
+    searched(some, tmp_path / "one")
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        monkeypatch.setenv("TAKEDOWN_DASK_ADDRESS", cluster.scheduler_address)
+        for name in ("two", "three"):
+            searched(some, tmp_path / name, runner="dask")
+            assert (tmp_path / name).read_bytes() == (tmp_path / "one").read_bytes()
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "2s"}),
+        pytest.raises(Interrupted, match="workers failed"),
+    ):
+        searched(some, tmp_path / "four", runner="dask")
+
+
+@pytest.mark.parametrize("runner", ["dask", "ray"])
+def test_a_missing_extra_is_told(some: Path, tmp_path: Path, runner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, {"dask": "distributed", "ray": "ray"}[runner], None)
+    with pytest.raises(UsageError, match=rf'pip install "takedown-pipeline\[{runner}\]"'):
+        searched(some, tmp_path / "hits", runner=runner)
+
+
 class Stop(Exception):
     pass
 
