@@ -188,9 +188,11 @@ def require_new_key(keys: MasterKeys, in_use: frozenset[str]) -> None:
         in_use: Names of the keys that contents are wrapped under.
 
     Raises:
-        UsageError: The key comes from the environment, and everything is wrapped under it already.
+        UsageError: The key comes from the environment, everything is wrapped under it already, and no other key is at
+            hand. Where there is one, a rotation may have been stopped before the old key was removed.
+        VaultLocked: See `MasterKeys.read`.
     """
-    if keys.from_environment and in_use <= {keys.in_use().name}:
+    if keys.from_environment and in_use | {key.name for key in keys.read()} == {keys.in_use().name}:
         raise UsageError(
             f"{VARIABLE}: everything is wrapped under this key already. Set a new key there, and this one as "
             f"{OLD_VARIABLE}, and run the same command again. Nothing was changed."

@@ -16,7 +16,7 @@ from histories import array_model, entries_of, make_step, start_history
 from tampered.calls import call_in as call
 from workspaces import copied, draw_text, leaks, plain_record, take_in, write_batch
 
-from pipeline.errors import NoSpace, VaultLocked
+from pipeline.errors import NoSpace, UsageError, VaultLocked
 from pipeline.masters import MasterKeys
 from pipeline.rekey import rekey
 from pipeline.storecheck import Depth
@@ -151,6 +151,25 @@ def test_an_interrupted_change_goes_on_with_the_same_key_and_is_told(
     assert rekey(ws, "tester").rewrapped == 0
     assert (ws.keys / "vault.key").read_text() == begun
     assert verify(ws) == [] and "not ended" not in call(ws, "verify").err
+
+
+def test_an_interrupted_change_to_a_key_of_the_environment_ends_with_the_old_file_gone(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setenv("TAKEDOWN_VAULT_KEY", "5a" * 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(MasterKeys, "end_rotation", stopped)
+        with pytest.raises(OSError, match=os.strerror(5)):
+            rekey(ws, "tester")
+    assert (ws.keys / "vault.key").exists() and verify(ws) == []
+    assert rekey(ws, "tester").rewrapped == 0
+    assert not (ws.keys / "vault.key").exists() and verify(ws) == []
+    assert entries_of(ws)[-1].event.kind == "rekeyed"
+    with pytest.raises(UsageError, match="under this key already"):
+        rekey(ws, "tester")
 
 
 def test_a_broken_key_is_never_taken_for_none(ws: Workspace) -> None:
