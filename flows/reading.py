@@ -421,8 +421,8 @@ def verify(
     with bars(err, "verify"):
         breaks = find_breaks(workspace, depth, checkpoint or ())
     erased = erased_notes(read_entries(workspace)) if not breaks else ()
-    notes = (*key_notes(workspace), *rekey_notes(workspace), *seal_notes(workspace), *index_notes(workspace), *erased)
-    for note in notes:
+    told = (*key_notes(workspace), *rekey_notes(workspace), *seal_notes(workspace, depth), *index_notes(workspace))
+    for note in (*told, *erased):
         err.print(Text(f"Note: {plain(note, 2000)}"), soft_wrap=True)
     if as_json:
         show_json(breaks)

@@ -460,6 +460,16 @@ class Ledger:
         with _explained(self.path):
             return [_leaf_of(_Row(*row)) for row in self._rows()]
 
+    def count(self) -> int:
+        """How many entries there are, read or not.
+
+        Raises:
+            StoreDamaged: It cannot be read.
+        """
+        with _explained(self.path):
+            ((entries,),) = self._connection.execute("SELECT count(*) FROM entries").fetchall()
+        return int(entries)
+
     def image(self) -> Image:
         """The whole database as one reader sees it, whatever another process writes meanwhile.
 
@@ -467,11 +477,11 @@ class Ledger:
             StoreDamaged: It cannot be read.
         """
         with _explained(self.path), self._snapshot():
-            ((entries,),) = self._connection.execute("SELECT count(*) FROM entries").fetchall()
+            entries = self.count()
             pages, log = self._connection.serialize(), self.path.with_name(self.path.name + "-wal")
             # Pages that a writer has not folded into the file yet may make it longer.
             folded = not (log.exists() and log.stat().st_size)
-            return Image(int(entries), pages, max(0, self.path.stat().st_size - len(pages)) if folded else 0)
+            return Image(entries, pages, max(0, self.path.stat().st_size - len(pages)) if folded else 0)
 
     def _sign(self, frontier: Frontier) -> str:
         origin = parse_vkey(log_vkey(self.keys)).name

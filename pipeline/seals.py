@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +50,12 @@ class IndexFile(NamedTuple):
     Attributes:
         state: Digest of what tells the states apart: SQLite's count of transactions, a chain over the rows,
             how many were removed.
-        digest: Of all bytes.
+        digest: Of all bytes; None where it was not asked for.
         counts: SQLite's count of transactions as the head of the file has it, twice; equal in a sound file.
     """
 
     state: str
-    digest: str
+    digest: str | None
     counts: tuple[int, int]
 
 
@@ -102,8 +102,13 @@ def seals_are_kept(entries: Iterable[LedgerEntry]) -> bool:
     return any(e.event.kind in ("initialised", "sealed") and e.event.data.get("seals") == FORMAT for e in entries)
 
 
-def index_file(path: Path) -> IndexFile | None:
-    """The file of the index as it is while nobody writes to it; None where it cannot be read as one of this release."""
+def index_file(path: Path, digested: Callable[[str], bool]) -> IndexFile | None:
+    """The file of the index as it is while nobody writes to it; None where it cannot be read as one of this release.
+
+    Args:
+        path: The file.
+        digested: Whether to read every byte, given the state; under the same lock, so that both are of one moment.
+    """
     try:
         # Closed after the connection: closing any file of a process ends the locks that SQLite holds on it.
         with path.open("rb") as stream, closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
@@ -116,8 +121,9 @@ def index_file(path: Path) -> IndexFile | None:
             removed = database.execute("SELECT count(*) FROM removed").fetchall()
             head = stream.read(100)
             counts = int.from_bytes(head[24:28], "big"), int.from_bytes(head[92:96], "big")
+            state = digest_json([counts[0], chain, removed])
             stream.seek(0)
-            return IndexFile(digest_json([counts[0], chain, removed]), digest_stream(stream), counts)
+            return IndexFile(state, digest_stream(stream) if digested(state) else None, counts)
     except (sqlite3.Error, OSError, UnicodeDecodeError, TypeError, ValueError):
         return None  # what is wrong with it, `pipeline.index.examine` tells
 
@@ -154,13 +160,19 @@ def renew(root: Path) -> None:
 
 def _sealed(root: Path, ledger: Ledger, old: Seal | None) -> Seal:
     """What is to be sealed now; what is in the state that was sealed before stays as it was sealed."""
-    image, found = ledger.image(), index_file(root / INDEX)
-    index = None if found is None else (found.state, found.digest)
-    if old is None:
-        return Seal(image.entries, digest_bytes(image.pages), index)
-    if old.index is not None and index is not None and old.index[0] == index[0]:
-        index = old.index
-    return Seal(image.entries, old.ledger if old.entries == image.entries else digest_bytes(image.pages), index)
+    index = _sealed_index(root / INDEX, old.index if old is not None else None)
+    if old is not None and old.entries == ledger.count():
+        return Seal(old.entries, old.ledger, index)
+    image = ledger.image()
+    return Seal(image.entries, digest_bytes(image.pages), index)
+
+
+def _sealed_index(path: Path, old: tuple[str, str] | None) -> tuple[str, str] | None:
+    """State and digest of the index; its bytes are read only where the state is not the one that was sealed before."""
+    found = index_file(path, lambda state: old is None or old[0] != state)
+    if found is None:
+        return None
+    return old if found.digest is None else (found.state, found.digest)
 
 
 def _write(root: Path, vkey: str, seal: Seal) -> None:
@@ -187,20 +199,8 @@ def read_note(root: Path) -> bytes:
     return read_whole(root / NAME, MAX_NOTE_BYTES)
 
 
-class Checked(NamedTuple):
-    """What comparing the files with their seal gave.
-
-    Attributes:
-        breaks: Files that are not those that were sealed, or a seal that does not hold.
-        notes: Why a file was not compared, where that is no break.
-    """
-
-    breaks: list[Break]
-    notes: list[str]
-
-
-def check_seal(root: Path, note: bytes | OSError, entries: Sequence[LedgerEntry], with_index: bool) -> Checked:
-    """Compare the databases with their seal.
+def check_seal(root: Path, note: bytes | OSError, entries: Sequence[LedgerEntry], with_index: bool) -> list[Break]:
+    """Compare the databases with their seal; what is not compared, because the seal is older, `stale_notes` says.
 
     Args:
         root: The workspace.
@@ -208,27 +208,27 @@ def check_seal(root: Path, note: bytes | OSError, entries: Sequence[LedgerEntry]
             entries and then renews it, so that it can be older than the entries, but not newer.
         entries: All that can be read.
         with_index: Whether to read the index, too.
+
+    Returns:
+        Files that are not those that were sealed, or a seal that does not hold.
     """
     if isinstance(note, OSError):
         # A ledger of an older release may get its first seal while it is read.
         if not seals_are_kept(entries) or (isinstance(note, FileNotFoundError) and (root / NAME).exists()):
-            return Checked([], [])
+            return []
         lost = "Bytes of the databases that nothing reads may have been changed; the next writing command seals them."
-        return Checked([Break(where=NAME, found=unreadable(note), means=lost)], [])
+        return [Break(where=NAME, found=unreadable(note), means=lost)]
     try:
         vkey = log_vkey(root / "keys")
     except (TakedownError, OSError):
-        return Checked([], [])  # said of the key itself
+        return []  # said of the key itself
     try:
         seal = read_seal(note, vkey)
     except StoreDamaged as error:
         means = "It was changed, or is of another lineage; the next writing command makes it again."
-        return Checked([Break(where=NAME, found=str(error), means=means)], [])
-    checked = check_ledger(root, seal)
-    if not with_index or seal.index is None:
-        return checked
-    index = check_index(root, seal.index)
-    return Checked(checked.breaks + index.breaks, checked.notes + index.notes)
+        return [Break(where=NAME, found=str(error), means=means)]
+    breaks = check_ledger(root, seal)
+    return breaks + check_index(root, seal.index) if with_index and seal.index is not None else breaks
 
 
 _UNREAD = (
@@ -237,43 +237,69 @@ _UNREAD = (
 )
 
 
-def check_ledger(root: Path, seal: Seal) -> Checked:
+def check_ledger(root: Path, seal: Seal) -> list[Break]:
     """Compare the ledger's file with its seal; nothing where the file cannot be read: `Ledger.examine` says that."""
     try:
         with Ledger.open(root / LEDGER, read_only=True) as ledger:
             image = ledger.image()
     except (TakedownError, sqlite3.Error, OSError):
-        return Checked([], [])  # said of the ledger itself
+        return []  # said of the ledger itself
     if seal.entries > image.entries:
         found = f"seals {seal.entries} entries, the ledger has {image.entries}"
-        return Checked([Break(where=NAME, found=found, means="The ledger was cut back, or is an older copy.")], [])
+        return [Break(where=NAME, found=found, means="The ledger was cut back, or is an older copy.")]
     if seal.entries < image.entries:
-        return Checked([], [_STALE.format(f"of {seal.entries} entries, the ledger has {image.entries}", "ledger")])
+        return []
     differs = {
         "its bytes are not those that were sealed": digest_bytes(image.pages) != seal.ledger,
         f"{image.behind} bytes follow behind its last page": image.behind > 0,
     }
     means = f"{_UNREAD} Restore it from a backup."
-    return Checked([Break(where=LEDGER, found=found, means=means) for found, so in differs.items() if so], [])
+    return [Break(where=LEDGER, found=found, means=means) for found, so in differs.items() if so]
+
+
+def check_index(root: Path, sealed: tuple[str, str]) -> list[Break]:
+    """Compare the file of the index with its sealed state and digest; nothing where it is gone, or cannot be read."""
+    found = index_file(root / INDEX, lambda state: state == sealed[0])
+    if found is None:
+        return []  # deleted, which is allowed; or said of the index itself
+    means = f"{_UNREAD} Delete the file; the next run builds it from the vault."
+    if found.counts[0] != found.counts[1]:
+        told = f"counts {found.counts[0]} transactions in one place, {found.counts[1]} in another"
+        return [Break(where=INDEX, found=told, means=means)]
+    if found.digest not in (None, sealed[1]):
+        return [Break(where=INDEX, found="its bytes are not those that were sealed", means=means)]
+    return []
+
+
+def stale_notes(root: Path, note: bytes | OSError, with_index: bool) -> tuple[str, ...]:
+    """Which database was not compared with its seal, because that speaks of an earlier state, which is no break.
+
+    Counts of entries and states of the index are compared; no database is read byte by byte.
+
+    Args:
+        root: The workspace.
+        note: See `check_seal`.
+        with_index: Whether the index was compared, too.
+    """
+    try:
+        if isinstance(note, OSError):
+            return ()  # as in all of these cases, `check_seal` and others say it
+        seal = read_seal(note, log_vkey(root / "keys"))
+        with Ledger.open(root / LEDGER, read_only=True) as ledger:
+            entries = ledger.count()
+    except (TakedownError, sqlite3.Error, OSError):
+        return ()
+    notes = []
+    if seal.entries < entries:
+        notes.append(_STALE.format(f"of {seal.entries} entries, the ledger has {entries}", "ledger"))
+    if with_index and seal.index is not None:
+        found = index_file(root / INDEX, lambda _: False)
+        if found is not None and found.counts[0] == found.counts[1] and found.state != seal.index[0]:
+            notes.append(_STALE.format("of another state of the index", "index"))
+    return tuple(notes)
 
 
 _STALE = (
     "the seal is {}: a command was interrupted, or is running. Bytes of the {}'s file that nothing reads were not "
     "compared; the next writing command renews the seal."
 )
-
-
-def check_index(root: Path, sealed: tuple[str, str]) -> Checked:
-    """Compare the file of the index with its sealed state and digest; nothing where it is gone, or cannot be read."""
-    found = index_file(root / INDEX)
-    if found is None:
-        return Checked([], [])  # deleted, which is allowed; or said of the index itself
-    means = f"{_UNREAD} Delete the file; the next run builds it from the vault."
-    if found.counts[0] != found.counts[1]:
-        told = f"counts {found.counts[0]} transactions in one place, {found.counts[1]} in another"
-        return Checked([Break(where=INDEX, found=told, means=means)], [])
-    if found.state != sealed[0]:
-        return Checked([], [_STALE.format("of another state of the index", "index")])
-    if found.digest != sealed[1]:
-        return Checked([Break(where=INDEX, found="its bytes are not those that were sealed", means=means)], [])
-    return Checked([], [])

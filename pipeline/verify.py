@@ -25,7 +25,7 @@ from pipeline.objects import StoredDelta
 from pipeline.oms import check_model_signature
 from pipeline.records import Break, LedgerEntry, VersionManifest
 from pipeline.runs import AWAITING
-from pipeline.seals import check_seal, read_note
+from pipeline.seals import check_seal, read_note, stale_notes
 from pipeline.states import (
     OUT,
     PUBLISHING,
@@ -77,7 +77,7 @@ def verify(workspace: Workspace, depth: Depth = Depth.FULL, checkpoints: Sequenc
     if breaks and not entries:  # everything else would contradict a ledger that says nothing
         return [*breaks, UNCHECKED, *_check_marker(workspace)]
     breaks = _check_marker(workspace) + breaks + _check_keys(workspace, entries)
-    breaks += check_seal(workspace.root, sealed, entries, with_index=depth is not Depth.QUICK).breaks
+    breaks += check_seal(workspace.root, sealed, entries, with_index=depth is not Depth.QUICK)
     purged = purged_versions(entries)
     manifests, found = _check_manifests(store, numbers, entries)
     breaks += found + _check_lineage(manifests) + _check_requests(manifests, entries)
@@ -188,9 +188,9 @@ def _seal(workspace: Workspace) -> bytes | OSError:
         return error
 
 
-def seal_notes(workspace: Workspace) -> tuple[str, ...]:
-    """Why the databases were not compared with their seal, where that is no break."""
-    return tuple(check_seal(workspace.root, _seal(workspace), (), with_index=True).notes)
+def seal_notes(workspace: Workspace, depth: Depth = Depth.FULL) -> tuple[str, ...]:
+    """Why the databases were not compared with their seal at a depth, where that is no break."""
+    return stale_notes(workspace.root, _seal(workspace), with_index=depth is not Depth.QUICK)
 
 
 def key_notes(workspace: Workspace) -> tuple[str, ...]:

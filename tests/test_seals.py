@@ -5,9 +5,12 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import BinaryIO
+from unittest import mock
 
 import pytest
 from histories import array_model, entries_of, make_step, start_history
+from tampered.calls import call_in as call
 from tampered.scene import flip, settle, unused_byte
 from workspaces import copied, draw_text, take_in
 
@@ -64,6 +67,41 @@ def test_a_command_that_writes_nothing_leaves_the_seal(store: Workspace) -> None
     with writing(store):
         pass
     assert (store.root / "seal").stat() == before
+
+
+@pytest.fixture
+def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Files of which every byte was digested as a stream, as they are."""
+    from pipeline import seals
+
+    found, real = list[str](), seals.digest_stream
+
+    def noting(stream: BinaryIO) -> str:
+        found.append(Path(stream.name).name)
+        return real(stream)
+
+    monkeypatch.setattr(seals, "digest_stream", noting)
+    return found
+
+
+def test_the_index_is_digested_where_it_is_compared_or_changed_and_only_there(
+    store: Workspace, digested: list[str]
+) -> None:
+    take_in(store, "batch-2", {"TD-2": draw_text("TD-2", 30)})
+    assert seal_notes(store) == () and digested == [], "intake writes to the ledger alone, notes need the state alone"
+    assert call(store, "verify", "--quick").code == 0 and digested == []
+    assert call(store, "verify").code == 0 and digested == ["index.db"]
+    make_step(store, "TD-3")
+    assert len(digested) > 1 and verify(store) == []
+
+
+def test_a_quick_check_does_not_open_the_index(store: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import seals
+
+    monkeypatch.setattr(seals, "index_file", mock.Mock(side_effect=AssertionError("opened")))
+    assert call(store, "verify", "--quick").code == 0
+    with pytest.raises(AssertionError, match="opened"):
+        seal_notes(store)
 
 
 def test_a_command_that_died_is_explained_and_the_next_one_seals(store: Workspace) -> None:

@@ -309,8 +309,8 @@ def rechain(workspace: Workspace, change: Callable[[Rows], object], key: Ed25519
 
 def reseal(workspace: Workspace, key: Ed25519PrivateKey) -> None:
     """Seal the databases as they are, in the name that ``log.pub`` has."""
-    origin, index = parse_vkey(log_vkey(workspace.keys)).name, index_file(workspace.root / INDEX)
-    assert index is not None
+    origin, index = parse_vkey(log_vkey(workspace.keys)).name, index_file(workspace.root / INDEX, lambda _: True)
+    assert index is not None and index.digest is not None
     with Ledger.open(workspace.ledger, read_only=True) as ledger:
         image = ledger.image()
     seal = Seal(image.entries, digest_bytes(image.pages), (index.state, index.digest))
