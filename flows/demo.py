@@ -149,7 +149,7 @@ def finish(root: Path, seconds: float) -> None:
     ]
     out.print(table("Versions", ("version", "status", "excludes first", "entries changed", "tensor root"), rows))
     breaks = verify(workspace)
-    path = workspace.reports / "report.html"
+    path = workspace.report_page
     write_atomic(path, render(lineage_view(workspace, breaks)).encode())
     console.print(f"takedown verify: {len(breaks)} breaks")
     console.print(f"Report: {os.path.relpath(path)}\nWhole demo: {seconds:.0f} s")

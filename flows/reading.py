@@ -480,7 +480,7 @@ def export(
     if as_json:
         show_json({"requests": requests, "events": events})
         return
-    target = outside(workspace, folder or workspace.reports / "export")
+    target = outside(workspace, folder or workspace.register)
     target.mkdir(parents=True, exist_ok=True)
     for name, columns, rows in (("requests", REQUEST_COLUMNS, requests), ("events", EVENT_COLUMNS, events)):
         # With a byte order mark, without which spreadsheets take UTF-8 for something else.
@@ -506,7 +506,7 @@ def report(
     if as_json:
         show_json(view)
         return
-    path = outside(workspace, file or workspace.reports / "report.html")
+    path = outside(workspace, file or workspace.report_page)
     if file is None:
         workspace.reports.mkdir(exist_ok=True)  # an empty folder does not survive every copy of a workspace
     try:

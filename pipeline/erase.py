@@ -5,7 +5,8 @@ Never: what waits or is on legal hold, a copy that stays unnamed, an entry that 
 
 What goes: the request's key and record in the vault; the index, which holds fingerprints of it and is built again from
 the vault without it (a fingerprint is a plain hash of three words: whoever guesses well could put the text together
-again, so it would not be erased); the folders of runs that worked on it, with vectors and masks made from its text.
+again, so it would not be erased); the folders of runs that worked on it, with vectors and masks made from its text; the
+page and the register in ``reports/``, which have title and rights holder and are made again on demand, without them.
 
 What that costs, and where it shows: later versions cannot be measured against the text (the gate says so in
 ``unchecked``, the certificate names the last version that was); it cannot be put back; a copy that is sent later is not
@@ -14,7 +15,7 @@ that resembled it in an earlier run stay left out of the anchor by what is on re
 
 What stays: ids, keyed commitments (who has the text can still prove that it was this one), measurements, spans of
 token numbers. The weights of old versions may still recite the text: that is `takedown purge`. Reports and
-certificates that were given away keep title and rights holder, and never had more.
+certificates that were written elsewhere keep title and rights holder, and never had more.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def _batches_with(inbox: Path, request_id: str) -> Iterator[Path]:
 
 
 def _forget(workspace: Workspace, request_id: str) -> None:
-    """Delete what was derived from a text: the index, and runs that worked on it."""
+    """Delete what was derived from a request: the index, runs that worked on it, the page and the register."""
     with explained_space(workspace.root):
         if workspace.index.is_dir():
             for path in sorted(workspace.index.iterdir()):
@@ -129,12 +130,23 @@ def _forget(workspace: Workspace, request_id: str) -> None:
             # A folder without a plan is what a killed comparison of texts left (`pipeline.reinstate`).
             if request_id in _worked_on(run) or not (run / "plan.json").is_file():
                 shutil.rmtree(run)
+        _discard(workspace.report_page)
+        _discard(workspace.register)
         if (workspace.reference / "measured").is_dir():
             from pipeline.context import drop_recited  # loads torch, which no other verb on the vault needs
 
             drop_recited(workspace)
-        if workspace.runs.is_dir():  # an empty folder does not survive every copy of a workspace
-            fsync_folder(workspace.runs)
+        for folder in (workspace.runs, workspace.reports):
+            if folder.is_dir():  # an empty folder does not survive every copy of a workspace
+                fsync_folder(folder)
+
+
+def _discard(path: Path) -> None:
+    """Delete a file, a folder, or a link; one that is gone is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        remove(path)
 
 
 def _worked_on(run: Path) -> tuple[str, ...]:

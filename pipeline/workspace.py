@@ -77,6 +77,16 @@ class Workspace:
         return self.root / "reports"
 
     @property
+    def report_page(self) -> Path:
+        """The page that `takedown report` writes where no other file is named; it has titles and rights holders."""
+        return self.reports / "report.html"
+
+    @property
+    def register(self) -> Path:
+        """The folder that `takedown export` writes where no other is named; it has titles and rights holders."""
+        return self.reports / "export"
+
+    @property
     def reference(self) -> Path:
         """Texts given at ``init``: ``retain/``, ``kept/`` and ``heldout/``."""
         return self.root / "reference"

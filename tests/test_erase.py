@@ -84,6 +84,20 @@ def test_what_is_erased_is_gone_and_the_proof_stays(ws: Workspace) -> None:
     assert leaks([request.title], ws.vault, *ws.vault.iterdir()) == []
 
 
+def test_page_and_register_in_the_workspace_lose_title_and_rights_holder(ws: Workspace) -> None:
+    audit = ws.reports / "audit-20261123T090000Z.json"
+    audit.write_text("{}")
+    for command in ("report", "export"):
+        assert call(ws, command).code == 0
+    title = b"Work TD-1"
+    assert title in ws.report_page.read_bytes() and title in (ws.register / "requests.csv").read_bytes()
+    erase(ws, "TD-1", "officer", REASON)
+    assert list(ws.reports.iterdir()) == [audit]
+    for command in ("report", "export"):
+        assert call(ws, command).code == 0
+    assert leaks([title.decode()], ws.root) == [] and b"Work TD-2" in ws.report_page.read_bytes()
+
+
 def test_certificate_of_an_erased_text_holds_and_says_up_to_where_it_was_measured(ws: Workspace) -> None:
     assert call(ws, "certificate", "TD-1", "--out", "before").code == 0
     erase(ws, "TD-1", "officer", REASON)
