@@ -100,10 +100,12 @@ def _client(url: str) -> Iterator[tuple[Redis, dict[str, Any]]]:
         raise UsageError("The address of Redis is none. Give redis://HOST:PORT/DB, or rediss:// for TLS.") from None
     options.pop("connection_class", None)
     try:
-        with Redis(**options) as client:
+        try:
+            made = Redis(**options)  # with some options it connects here already
+        except TypeError as error:  # an option behind the question mark that there is not
+            raise UsageError(f"The address of Redis has an option that its client does not know ({error}).") from error
+        with made as client:
             yield client, options
-    except TypeError as error:  # an option behind the question mark that there is not
-        raise UsageError(f"The address of Redis has an option that its client does not know ({error}).") from error
     except RedisError as error:
         raise Interrupted(
             f"Redis at {parts.hostname}: failed ({type(error).__name__}). The copy before is still in use; run the "

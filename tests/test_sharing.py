@@ -152,6 +152,19 @@ def test_an_address_that_is_none_is_wrong_use(index: DedupeIndex, url: str) -> N
         share_index(index, url, "takedown")
 
 
+def test_a_mistake_of_the_program_is_not_told_as_one_of_the_address(
+    index: DedupeIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DedupeIndex, "ids", mock.Mock(side_effect=TypeError("of the program")))
+    with pytest.raises(TypeError, match="of the program"):
+        share_index(index, "redis://127.0.0.1:1", "takedown")
+
+
+def test_a_server_that_is_asked_at_once_and_does_not_answer_is_told_as_such(index: DedupeIndex) -> None:
+    with pytest.raises(Interrupted, match="ConnectionError"):
+        share_index(index, "redis://127.0.0.1:1?single_connection_client=1", "takedown")
+
+
 def test_a_name_that_would_match_others_is_wrong_use(index: DedupeIndex) -> None:
     for name in ("", "*", "a:b", "a[b]", "a\n"):
         with pytest.raises(UsageError, match="no name for a copy"):
