@@ -81,16 +81,21 @@ def explained_space(path: Path) -> Iterator[None]:
         raise
 
 
+class NotRegular(OSError):
+    """What has the name of a file is a folder, a pipe or a device."""
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading; a pipe or device would block or never end.
 
     Raises:
-        OSError: It is missing, cannot be read, or is no regular file.
+        NotRegular: It is no regular file.
+        OSError: It is missing, or cannot be read.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        raise NotRegular(errno.EINVAL, "is not a regular file", str(path))
     return os.fdopen(fd, "rb")
 
 

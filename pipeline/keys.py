@@ -9,8 +9,6 @@ and ``model.pub`` (PEM) are what others need to check.
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -21,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from pipeline.errors import StoreDamaged, UsageError
-from pipeline.files import explained_space, make_folder, write_atomic
+from pipeline.files import NotRegular, explained_space, make_folder, open_regular, write_atomic
 from pipeline.notes import parse_vkey, require_key_name, vkey
 from pipeline.oms import load_public_key, public_pem
 
@@ -41,15 +39,12 @@ def _damaged(path: Path, found: str) -> NoReturn:
 def _read(path: Path) -> bytes:
     """Read a small regular file."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block or never end
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                _damaged(path, "is not a regular file")
-            data = os.read(fd, MAX_KEY_BYTES + 1)
-        finally:
-            os.close(fd)
+        with open_regular(path) as stream:
+            data = stream.read(MAX_KEY_BYTES + 1)
     except FileNotFoundError:
         _damaged(path, "is missing")
+    except NotRegular:
+        _damaged(path, "is not a regular file")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}). Check its permissions and the disk.") from None
     if len(data) > MAX_KEY_BYTES:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from pipeline.digests import TensorDigest, tensor_root
 from pipeline.errors import StoreDamaged, UnsupportedModel
-from pipeline.files import CHUNK_BYTES
+from pipeline.files import CHUNK_BYTES, NotRegular
+from pipeline.files import open_regular as open_file
 from pipeline.lanes import Lane
 
 SINGLE = "model.safetensors"
@@ -109,16 +109,14 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
         StoreDamaged: It is missing, cannot be opened, or is something else.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        stream = open_file(path)
     except FileNotFoundError:
         _damaged(path, "is missing")
+    except NotRegular:
+        _damaged(path, "is not a regular file")
     except OSError as error:
         _damaged(path, f"cannot be opened ({error.strerror})")
-    found = os.fstat(fd)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(fd)
-        _damaged(path, "is not a regular file")
-    return os.fdopen(fd, "rb"), found.st_size
+    return stream, os.fstat(stream.fileno()).st_size
 
 
 def _natural(value: object) -> bool:

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
-import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -24,10 +22,12 @@ from pipeline import vaultfile
 from pipeline.envelope import new_key, seal, unseal
 from pipeline.errors import StoreDamaged, UsageError, VaultLocked
 from pipeline.files import (
+    NotRegular,
     canonical_json,
     digest_bytes,
     explained_space,
     fsync_folder,
+    open_regular,
     read_whole,
     remove,
     write_atomic,
@@ -393,11 +393,11 @@ def _needed(path: Path) -> bytes:
 
 def _head(path: Path) -> bytes:
     """The first bytes of a file; none of what is no regular file."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
     try:
-        return os.read(fd, len(vaultfile.PLAIN_START)) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
-    finally:
-        os.close(fd)
+        with open_regular(path) as stream:
+            return stream.read(len(vaultfile.PLAIN_START))
+    except NotRegular:
+        return b""
 
 
 def _wrapped_key(path: Path) -> WrappedKey:
