@@ -61,8 +61,7 @@ def quotes(error: BaseException, vault: Vault) -> bool:
     words = _WORD.findall(_ESCAPE.sub(" ", told.casefold()))
     runs = {tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
     try:
-        for name in vault.ids():
-            request = vault.get(name)
+        for request in vault.requests():
             parts = re.split(r"[\s,;<>]+", request.contact or "")
             if any(len(part) >= CONTACT_CHARS and part in told for part in parts):
                 return True

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pipeline import vaultfile
@@ -131,16 +131,29 @@ class Vault:
             StoreDamaged: A file is changed or stands under another request's name.
             VaultLocked: The master key is missing, or another one.
         """
-        found = []
+        return tuple(sorted(request.request_id for request in self.requests()))
+
+    def requests(self, apart_from: Iterable[str] = ()) -> Iterator[TakedownRequest]:
+        """All requests, in the order of their files; each is read and checked when it is asked for.
+
+        Args:
+            apart_from: Ids whose files are not read.
+
+        Raises:
+            StoreDamaged: A file is changed or stands under another request's name.
+            VaultLocked: The master key is missing, or another one.
+        """
+        left_out = {self._path(request_id) for request_id in apart_from}
         for path in self._files():
+            if path in left_out:
+                continue
             request = self._read(path)
             if path != self._path(request.request_id):
                 raise StoreDamaged(
                     f"{path}: holds request {request.request_id!r}, whose file has another name. "
                     "Restore the vault from a backup."
                 )
-            found.append(request.request_id)
-        return tuple(sorted(found))
+            yield request
 
     def erase(self, request_id: str) -> None:
         """Destroy a request: first its key, then its record; what is gone already is fine.

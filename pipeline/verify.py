@@ -538,7 +538,7 @@ def _check_vault(workspace: Workspace, entries: Entries) -> list[Break]:
                 breaks += _check_erased(vault, str(request_id), unfinished)
             else:
                 breaks += _check_record(vault, str(request_id), event.data)
-        extra = [request_id for request_id in vault.ids() if request_id not in received]
+        extra = sorted(request.request_id for request in vault.requests(apart_from=map(str, received)))
     except VaultLocked as error:
         means = "No sealed text was checked. Run verify where the master key is."
         return [*breaks, Break(where=workspace.vault.name, found=str(error), means=means)]

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import prefects
 import pytest
@@ -87,6 +88,13 @@ def test_any_other_error_comes_through_as_it_is(vault: Vault, error: BaseExcepti
     with pytest.raises(type(error)) as caught:
         discreet(vault, "screen", fail)
     assert caught.value is error
+
+
+def test_each_request_is_decrypted_once(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, real = len(vault.ids()), Vault._read
+    noting = mock.Mock(side_effect=lambda path: real(vault, path))
+    monkeypatch.setattr(Vault, "_read", noting)
+    assert not quotes(ValueError("x"), vault) and noting.call_count == count > 0
 
 
 def test_where_the_vault_cannot_be_asked_the_message_is_held_back(vault: Vault, tmp_path: Path) -> None:

@@ -348,6 +348,25 @@ def test_a_ledger_cut_after_the_last_publish_shows_through_the_vault(workspace: 
     assert _found(workspace) == ["request TD-3: is in the vault, but no ledger entry received it"]
 
 
+def test_each_record_is_decrypted_once_and_a_damaged_one_hides_no_strange_one(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, real = list[Path](), Vault._read
+
+    def noting(vault: Vault, path: Path) -> TakedownRequest:
+        read.append(path)
+        return real(vault, path)
+
+    monkeypatch.setattr(Vault, "_read", noting)
+    assert verify(workspace) == [] and sorted(read) == sorted(workspace.vault.glob("*.json")) != []
+    Vault(workspace.vault).put(_request("TD-9"))
+    damaged = workspace.vault / f"{digest_bytes(b'TD-1').removeprefix('sha256:')}.json"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    found = _found(workspace)
+    assert len(found) == 2 and found[0].startswith("request TD-1: vault: ")
+    assert found[1] == "request TD-9: is in the vault, but no ledger entry received it"
+
+
 def test_what_is_cut_everywhere_at_once_shows_only_against_a_checkpoint_kept_elsewhere(
     workspace: Workspace, tmp_path: Path
 ) -> None:
