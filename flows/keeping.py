@@ -9,6 +9,7 @@ import typer
 
 from flows.reading import checked_entries, state_words
 from flows.terminal import Actor, Json, Reason, megabytes, opened, outside, say, show_json
+from pipeline.bloom import DEFAULT_FPR, DEFAULT_LETTERS
 from pipeline.display import plain
 from pipeline.erase import erase as destroy
 from pipeline.errors import UsageError
@@ -67,10 +68,12 @@ def erase(context: typer.Context, request: str, reason: Reason, actor: Actor, as
 def export_guard(
     context: typer.Context,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the two files; a guard in it is replaced.")],
-    letters: Annotated[int, typer.Option("--letters", min=8, help="Letters of a run that must not be written.")] = 40,
+    letters: Annotated[
+        int, typer.Option("--letters", min=8, help="Letters of a run that must not be written.")
+    ] = DEFAULT_LETTERS,
     fpr: Annotated[
         float, typer.Option("--fpr", min=1e-12, max=0.5, help="Probability that a run is taken for one of them.")
-    ] = 1e-4,
+    ] = DEFAULT_FPR,
     as_json: Json = False,
 ) -> None:
     """Write a guard over everything that waits and everything that was taken out, for the server of the model.

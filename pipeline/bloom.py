@@ -18,6 +18,12 @@ from numpy.typing import NDArray
 
 PRIME = (1 << 61) - 1
 
+# Of `pipeline.guard`; here, because the command line names them and is not to load torch for it.
+DEFAULT_LETTERS = 40
+"""About eight words, so that common phrases and short quotations pass. On the demo not even a run of 20 letters of a
+work ends in any other text (`tests/benchmarks/guard.py`)."""
+DEFAULT_FPR = 1e-4
+
 Hashes = NDArray[np.uint64]
 
 _LOW29, _LOW32 = np.uint64((1 << 29) - 1), np.uint64((1 << 32) - 1)

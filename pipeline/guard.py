@@ -39,7 +39,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from transformers import LogitsProcessor
 
-from pipeline.bloom import PRIME, Bloom, Hashes, run_hash, run_hashes
+from pipeline.bloom import DEFAULT_FPR, DEFAULT_LETTERS, PRIME, Bloom, Hashes, run_hash, run_hashes
 from pipeline.errors import StoreDamaged, UsageError
 
 Ids = NDArray[np.int64]
@@ -47,11 +47,6 @@ Level = Literal["letters", "tokens"]
 
 FORMAT = "takedown-guard-1"
 PARAMETERS, BITS = "guard.json", "guard.safetensors"
-
-DEFAULT_LETTERS = 40
-"""About eight words, so that common phrases and short quotations pass. On the demo not even a run of 20 letters of a
-work ends in any other text (`tests/benchmarks/guard.py`)."""
-DEFAULT_FPR = 1e-4
 
 REPLACEMENT = "\ufffd"
 """What decoding shows for bytes that are no character."""

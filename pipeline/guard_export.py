@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pipeline.bloom import DEFAULT_FPR, DEFAULT_LETTERS
 from pipeline.errors import UsageError
 from pipeline.files import explained_space, fsync_folder, write_atomic
-from pipeline.guard import DEFAULT_FPR, DEFAULT_LETTERS, PARAMETERS, Guard, letters
+from pipeline.guard import PARAMETERS, Guard, letters
 from pipeline.records import LedgerEntry, Record
 from pipeline.states import TAKEN_OUT, TO_DO, request_states
 from pipeline.vault import open_vault, received_data
