@@ -53,7 +53,7 @@ REPLACEMENT = "\ufffd"
 
 
 class Guard:
-    """Runs of ``n`` symbols that must not be written. Build with `build`, `build_texts` or `load`.
+    """Runs of ``n`` symbols that must not be written. Made by `build`, `build_texts`, `build_letters`, `load`.
 
     Beside the runs the filter holds their beginnings, ``n - reach`` symbols each: as long as what was written last is
     no such beginning, which is nearly always, no token has to be looked at.
@@ -92,7 +92,14 @@ class Guard:
         cls, texts: Iterable[str], n: int = DEFAULT_LETTERS, fpr: float = DEFAULT_FPR, seed: int | None = None
     ) -> Self:
         """A guard over runs of letters; see `build`."""
-        return cls._filled((letters(text) for text in texts), n, "letters", fpr, seed)
+        return cls.build_letters(map(letters, texts), n, fpr, seed)
+
+    @classmethod
+    def build_letters(
+        cls, sequences: Iterable[Hashes], n: int = DEFAULT_LETTERS, fpr: float = DEFAULT_FPR, seed: int | None = None
+    ) -> Self:
+        """A guard over texts of which each is given as its `letters`; see `build`."""
+        return cls._filled(sequences, n, "letters", fpr, seed)
 
     @classmethod
     def _filled(cls, sequences: Iterable[Hashes], n: int, level: Level, fpr: float, seed: int | None) -> Self:

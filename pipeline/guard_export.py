@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.bloom import DEFAULT_FPR, DEFAULT_LETTERS
+from pipeline.bloom import DEFAULT_FPR, DEFAULT_LETTERS, Hashes
 from pipeline.errors import UsageError
 from pipeline.files import explained_space, fsync_folder, write_atomic
 from pipeline.guard import PARAMETERS, Guard, letters
@@ -68,14 +68,14 @@ def export_guard(
         raise UsageError("Nothing waits and nothing was taken out whose text is there: there is nothing to guard.")
     received, vault, short = received_data(entries), open_vault(workspace), list[str]()
 
-    def texts() -> Iterator[str]:
+    def spelled() -> Iterator[Hashes]:
         for name in names:
-            text = vault.confirmed(name, received[name]).text
-            if len(letters(text)) < n:
+            symbols = letters(vault.confirmed(name, received[name]).text)
+            if len(symbols) < n:
                 short.append(name)
-            yield text
+            yield symbols
 
-    guard = Guard.build_texts(texts(), n, fpr)
+    guard = Guard.build_letters(spelled(), n, fpr)
     files = guard.files()
     with explained_space(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from tampered.calls import call_in as call
 from workspaces import HELDOUT, KEPT, WORKS, copied, draw_text, leaks, take_in
 
-from pipeline import bloom
+from pipeline import bloom, guard_export
+from pipeline import guard as guard_module
 from pipeline.bloom import PRIME, Bloom, run_hash, run_hashes
 from pipeline.erase import erase
 from pipeline.errors import StoreDamaged, UsageError
@@ -344,6 +346,14 @@ def test_export_holds_what_waits_and_what_was_taken_out(ws: Workspace) -> None:
     assert call(ws, "guard", "check", "answer.txt", "--dir", "g").code == 2
     assert call(ws, "guard", "check", "g/guard.json", "--dir", ".").code == 1
     assert call(ws, "guard", "export", "--out", "ws/vault/g").code == 2
+
+
+def test_an_export_reads_the_letters_of_each_text_once(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = mock.Mock(side_effect=letters)
+    for module in (guard_module, guard_export):
+        monkeypatch.setattr(module, "letters", read)
+    made = export_guard(ws, entries_of(ws), ws.root.parent / "g")
+    assert read.call_count == made.requests == 3 and made.short == ("TD-4",)
 
 
 def test_what_was_erased_is_not_guarded_and_said(ws: Workspace) -> None:
