@@ -235,7 +235,7 @@ def audit(workspace: str) -> State[Any]:
         breaks = check_store(workspace)
         folder = str(Path(scratch) / "model")
         version = restore_version(workspace, folder)
-        names, runtime = to_recheck(opened), opened.settings().runtime
+        names, runtime = to_recheck(opened, version), opened.settings().runtime
         pieces = shares(names, runtime.workers)
         done = side_by_side(measure, pieces, runtime, workspace=workspace, folder=folder, version=version)
         rechecked = {r.request_id: r for piece in done for r in piece}

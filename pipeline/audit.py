@@ -19,7 +19,7 @@ class Audit(Record):
 
     Attributes:
         at: When it ended.
-        version: The version in force, that was measured.
+        version: The version that was in force when it began, and was measured.
         breaks: What does not hold, as `pipeline.verify` names it.
         rechecked: Every text that this version excludes and that has passages to measure.
     """

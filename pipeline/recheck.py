@@ -28,13 +28,11 @@ class Rechecked(Record):
 
     Attributes:
         request_id: Whose.
-        version: The version measured.
         exact_memorisation: Over the passages that were taken out, in [0, 1].
         limit: What was allowed when it was taken out; None where no measurement is on record.
     """
 
     request_id: str
-    version: int
     exact_memorisation: float
     limit: float | None
 
@@ -57,14 +55,17 @@ def restore_current(workspace: Workspace, folder: Path) -> int:
     return version
 
 
-def to_recheck(workspace: Workspace) -> list[str]:
-    """Requests that the version in force excludes and that have passages of their own to measure, in order received.
+def to_recheck(workspace: Workspace, version: int) -> list[str]:
+    """Requests that a version excludes and that have passages of their own to measure, in order received.
 
     The others are repeats of them, of which no passage was memorised; or their text was erased, and nobody can measure
     it any more.
+
+    Args:
+        workspace: Where; it may be written to meanwhile.
+        version: The version that was restored; another one may be in force by now.
     """
     entries = read_entries(workspace)
-    version = current_version(entries)
     measurable = spans_up_to(workspace, entries, version)
     erased = erased_requests(entries)
     return [name for name in excluded(entries, version) if name in measurable and name not in erased]
@@ -95,7 +96,6 @@ def recheck(workspace_root: str | Path, model: str | Path, version: int, request
         found.append(
             Rechecked(
                 request_id=name,
-                version=version,
                 exact_memorisation=exact_memorisation(scores),
                 limit=_limit(entries, name),
             )

@@ -94,7 +94,8 @@ def test_same_bytes_whatever_runs_the_pieces(prefect: None, waiting: Path, tmp_p
     alone, shared = (copied(waiting, tmp_path / name) for name in ("alone", "shared"))
     assert step(alone) is not None  # without Prefect, in one piece
     version = restore_current(alone, tmp_path / "model")
-    expected = [r.model_dump(mode="json") for r in recheck(alone.root, tmp_path / "model", version, to_recheck(alone))]
+    found = recheck(alone.root, tmp_path / "model", version, to_recheck(alone, version))
+    expected = [r.model_dump(mode="json") for r in found]
 
     shared.settings_file.write_text(toml(with_settings(runtime={"workers": 2, "runner": runner})))
     publication = takedown(str(shared.root))
