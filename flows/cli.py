@@ -6,6 +6,7 @@ Exit 0 fine · 1 the evidence or the gate says no · 2 wrong use · 3 interrupte
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +42,7 @@ from pipeline.approval import waiting
 from pipeline.display import plain
 from pipeline.errors import TakedownError
 from pipeline.history import read_entries, step_view
-from pipeline.patience import LONGEST_WAIT_S, writing_in_turn
+from pipeline.patience import LONGEST_WAIT_S, standing_first, writing_in_turn
 from pipeline.records import Publication
 from pipeline.reinstate import check_reinstatement, unfinished
 from pipeline.requests import Kind, note
@@ -165,26 +166,34 @@ def run(
     """
     workspace = opened(context)
     workspace.settings()  # a mistake in takedown.toml is told before anything is taken in
+    # Until the step ends: the write lock is free while Prefect starts, and nobody else is to take this batch meanwhile.
+    with standing_first(workspace) if now else nullcontext():
+        requests, delivery = take_in_now(workspace, batch, actor, now)
+        show_delivery(delivery)
+        states = request_states(read_entries(workspace)).values()
+        if requests == [] or not any(s.to_do for s in states):
+            answered = "Every request of this batch is answered; see takedown status."
+            idle = "Nothing waits." if batch is None else answered
+            show_json({"outcome": "idle"}) if as_json else say(idle)
+        else:
+            run_step(workspace, requests, actor, as_json, now)
+    if delivery.rejected:
+        raise typer.Exit(2)
+
+
+def take_in_now(workspace: Workspace, batch: Path | None, actor: str, now: bool) -> tuple[list[str] | None, Delivery]:
+    """Take a batch in, or what lies in the inbox, and meet another writer, before Prefect takes its time to start.
+
+    Returns:
+        The requests to work on, None for all that wait; and what came of the inbox.
+    """
     from pipeline.dropfolder import Delivery, take_inbox
     from pipeline.submit import submit_or_resume
 
-    requests, delivery = None, Delivery()
-    wait_s = LONGEST_WAIT_S if now else 0.0
-    # Taken in, and another writer met, before Prefect takes its time to start.
-    with bars(err, "taking in"), writing_in_turn(workspace, wait_s, urgent=now):
+    with bars(err, "taking in"), writing_in_turn(workspace, LONGEST_WAIT_S if now else 0.0, urgent=now):
         if batch is not None:
-            requests = submit_or_resume(workspace, batch, actor)
-        else:
-            delivery = take_inbox(workspace, actor)
-    show_delivery(delivery)
-    states = request_states(read_entries(workspace)).values()
-    if requests == [] or not any(s.to_do for s in states):
-        idle = "Nothing waits." if batch is None else "Every request of this batch is answered; see takedown status."
-        show_json({"outcome": "idle"}) if as_json else say(idle)
-    else:
-        run_step(workspace, requests, actor, as_json, wait_s)
-    if delivery.rejected:
-        raise typer.Exit(2)
+            return submit_or_resume(workspace, batch, actor), Delivery()
+        return None, take_inbox(workspace, actor)
 
 
 def show_delivery(delivery: Delivery) -> None:
@@ -196,7 +205,7 @@ def show_delivery(delivery: Delivery) -> None:
         err.print(Text(plain_lines(f"takedown: inbox/{name}: is still being written; the next run takes it")))
 
 
-def run_step(workspace: Workspace, requests: list[str] | None, actor: str, as_json: bool, wait_s: float) -> None:
+def run_step(workspace: Workspace, requests: list[str] | None, actor: str, as_json: bool, now: bool) -> None:
     """Run the flow and show what came of it.
 
     Raises:
@@ -211,7 +220,7 @@ def run_step(workspace: Workspace, requests: list[str] | None, actor: str, as_js
         from flows.takedown import takedown
 
         reconcile(workspace.root)
-        publication = takedown(str(workspace.root), requests, actor, wait_s, urgent=wait_s > 0)
+        publication = takedown(str(workspace.root), requests, actor, urgent=now)
     if publication is None:  # another process answered them in the meantime
         show_json({"outcome": "idle"}) if as_json else say("Nothing waits.")
         return

@@ -17,7 +17,7 @@ from flows.liveness import alive
 from flows.runners import shares, side_by_side
 from flows.shown import progress_artifacts
 from pipeline import answers, approval, context, stages
-from pipeline.patience import writing_in_turn
+from pipeline.patience import LONGEST_WAIT_S, writing_in_turn
 from pipeline.records import Evaluation, Publication
 from pipeline.reinstate import plan_reinstatement as reinstate_plan
 from pipeline.runs import AWAITING, open_run, plan_run
@@ -138,7 +138,6 @@ def takedown(
     workspace: str,
     requests: list[str] | None = None,
     actor: str = "scheduled",
-    wait_s: float = 0.0,
     urgent: bool = False,
 ) -> Publication | None:
     """Run one takedown step.
@@ -147,14 +146,13 @@ def takedown(
         workspace: Folder of the workspace.
         requests: Ids of the waiting requests to work on; all that wait when left out.
         actor: Who asked for it, for the ledger.
-        wait_s: Longest wait for another writer, in seconds.
-        urgent: Go before everybody who waits and is not urgent.
+        urgent: Wait for another writer, and go before everybody who is not urgent; without, be refused where one is.
 
     Returns:
         What became of it; None when nothing waits.
     """
     opened = open_workspace(Path(workspace))
-    with alive(opened.root), writing_in_turn(opened, wait_s, urgent):
+    with alive(opened.root), writing_in_turn(opened, LONGEST_WAIT_S if urgent else 0.0, urgent):
         return step(workspace, requests, actor)
 
 

@@ -32,16 +32,16 @@ def writing_in_turn(workspace: Workspace, wait_s: float, urgent: bool = False) -
 
     Args:
         workspace: The workspace.
-        wait_s: Longest wait in seconds; 0 does not wait.
+        wait_s: Longest wait in seconds; 0 does not wait, and does not go before somebody urgent either.
         urgent: Go before everybody who waits and is not urgent.
 
     Raises:
-        WorkspaceBusy: Another process holds it still; says which and since when.
+        WorkspaceBusy: Another process holds it still, which and since when is said; or somebody urgent goes first.
     """
     with ExitStack() as held:
         with ExitStack() as turn:
             if urgent:
-                turn.enter_context(_standing_first(workspace))
+                turn.enter_context(standing_first(workspace))
             _wait(workspace, wait_s, urgent, held)
         yield
 
@@ -50,7 +50,7 @@ def _wait(workspace: Workspace, wait_s: float, urgent: bool, held: ExitStack) ->
     until, told = time.monotonic() + wait_s, ""
     while True:
         try:
-            if not urgent and wait_s and _somebody_first(workspace):
+            if not urgent and _somebody_first(workspace):
                 raise WorkspaceBusy(
                     f"{workspace.root}: an urgent run goes first. Nothing was changed; try again when it is done."
                 )
@@ -66,8 +66,11 @@ def _wait(workspace: Workspace, wait_s: float, urgent: bool, held: ExitStack) ->
 
 
 @contextmanager
-def _standing_first(workspace: Workspace) -> Iterator[None]:
-    """Be seen as urgent; any number of processes at a time."""
+def standing_first(workspace: Workspace) -> Iterator[None]:
+    """Be seen as urgent, also where the write lock is free: whoever is not urgent stays away from it meanwhile.
+
+    Any number of processes at a time, and one as often as it likes.
+    """
     fd = _open(workspace)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH)
@@ -77,7 +80,7 @@ def _standing_first(workspace: Workspace) -> Iterator[None]:
 
 
 def _somebody_first(workspace: Workspace) -> bool:
-    """Whether somebody urgent is waiting."""
+    """Whether somebody urgent stands first."""
     return is_locked(_open(workspace))
 
 

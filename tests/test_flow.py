@@ -92,7 +92,7 @@ def test_flow_publishes_what_the_stages_compute(prefect: Prefect, fresh: Workspa
     assert run.state_name == "Completed"
     # Nothing but a folder, ids and the actor is a parameter.
     assert run.parameters == {
-        "workspace": str(fresh.root), "requests": None, "actor": "nightly", "wait_s": 0.0, "urgent": False,
+        "workspace": str(fresh.root), "requests": None, "actor": "nightly", "urgent": False,
     }  # fmt: skip
     assert tasks == [(name, "Completed") for name in TASKS]
 

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 from histories import array_model, start_history
+from tampered.calls import takedown
+from workspaces import draw_text, write_batch
 
+from flows import cli
 from pipeline import patience
 from pipeline.errors import WorkspaceBusy
 from pipeline.patience import writing_in_turn
@@ -101,6 +104,27 @@ def test_urgent_waiter_that_dies_is_out_of_the_way(ws: Workspace, processes: lis
         urgent.wait()
         assert not patience._somebody_first(ws)
     with writing_in_turn(ws, 1):
+        pass
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.1])
+def test_urgent_run_stands_first_while_nobody_holds_the_lock(
+    ws: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_s: float
+) -> None:
+    """Between taking in and the step Prefect starts: nobody else may take the urgent batch then."""
+    seen: list[str] = []
+
+    def starting(workspace: Workspace, requests: list[str], actor: str, as_json: bool, now: bool) -> None:
+        with pytest.raises(WorkspaceBusy, match="an urgent run goes first"), writing_in_turn(ws, wait_s):
+            pytest.fail("took the urgent batch")
+        with writing_in_turn(ws, 0, urgent=True):  # as the step itself
+            seen.extend(requests)
+
+    monkeypatch.setattr(cli, "run_step", starting)
+    batch = write_batch(tmp_path, "urgent", {"A": draw_text("A", 30)})
+    assert takedown("-w", "ws", "run", str(batch), "--now", folder=tmp_path).code == 0
+    assert seen == ["A"]
+    with writing_in_turn(ws, 0):  # and not longer than the command
         pass
 
 
