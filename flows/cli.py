@@ -46,7 +46,7 @@ from pipeline.patience import LONGEST_WAIT_S, standing_first, writing_in_turn
 from pipeline.records import Publication
 from pipeline.reinstate import check_reinstatement, unfinished
 from pipeline.requests import Kind, note
-from pipeline.runs import AWAITING
+from pipeline.runs import AWAITING, undecided
 from pipeline.states import current_version, request_states
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
@@ -170,8 +170,9 @@ def run(
     with standing_first(workspace) if now else nullcontext():
         requests, delivery = take_in_now(workspace, batch, actor, now)
         show_delivery(delivery)
-        states = request_states(read_entries(workspace)).values()
-        if requests == [] or not any(s.to_do for s in states):
+        entries = read_entries(workspace)
+        held = batch is None and undecided(workspace, entries)  # the step shows it, or finishes it
+        if requests == [] or not (held or any(s.to_do for s in request_states(entries).values())):
             answered = "Every request of this batch is answered; see takedown status."
             idle = "Nothing waits." if batch is None else answered
             show_json({"outcome": "idle"}) if as_json else say(idle)

@@ -159,15 +159,15 @@ def takedown(
 def step(workspace: str, requests: list[str] | None, actor: str) -> Publication | None:
     """The tasks of a step, in a workspace that is locked for writing; see `takedown`."""
     run_id = plan(workspace, requests, actor)
-    if run_id is None:
-        return None
+    return carry_out(workspace, run_id, actor) if run_id is not None else None
+
+
+def carry_out(workspace: str, run_id: str, actor: str, reason: str = "") -> Publication:
+    """A planned run, or what is left of it: published, refused, answered, or held until somebody approves."""
     reference(workspace, run_id)
+    if open_run(workspace, run_id).plan.left_out:
+        leave_out(workspace, run_id)
     make_candidate(workspace, run_id)
-    return finish(workspace, run_id, actor)
-
-
-def finish(workspace: str, run_id: str, actor: str, reason: str = "") -> Publication:
-    """The end of a run whose stages are done: published, refused, answered, or held until somebody approves it."""
     if ask_for_approval(workspace, run_id, actor, reason):
         publication = Publication(outcome=AWAITING, run_id=run_id)
     else:
@@ -192,12 +192,7 @@ def reinstate(workspace: str, requests: list[str], actor: str, reason: str) -> P
     opened = open_workspace(Path(workspace))
     with alive(opened.root), writing(opened):
         run_id = plan_reinstatement(workspace, requests, actor, reason)
-        if run_id is None:
-            return None
-        reference(workspace, run_id)
-        leave_out(workspace, run_id)
-        make_candidate(workspace, run_id)
-        return finish(workspace, run_id, actor, reason)
+        return carry_out(workspace, run_id, actor, reason) if run_id is not None else None
 
 
 @progress_artifacts()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
+from pipeline.approval import event_of
 from pipeline.context import first_worked_on, forget_spans, model_folder, thin_anchors
 from pipeline.discreet import discreet
 from pipeline.errors import StoreDamaged
@@ -28,7 +29,7 @@ from pipeline.records import (
     Step,
     Verdict,
 )
-from pipeline.runs import Run, clean, open_run
+from pipeline.runs import AWAITING, Run, clean, open_run
 from pipeline.states import published_versions
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
@@ -44,7 +45,7 @@ def publish(workspace_root: str, run_id: str, actor: str, reason: str = "", refu
         workspace_root: Folder of the workspace.
         run_id: The run; its stages are done.
         actor: Who asked for it.
-        reason: Why texts are put back; only for a reinstatement.
+        reason: Why texts are put back; only for a reinstatement. Where it waited for approval the ledger has it.
         refusal: Why the actor refuses what the gate accepted; empty where nobody does.
     """
     run = open_run(workspace_root, run_id)
@@ -52,7 +53,9 @@ def publish(workspace_root: str, run_id: str, actor: str, reason: str = "", refu
     with Ledger.open(workspace.ledger) as ledger:  # renews the checkpoint beside it, where that was interrupted
         entries = ledger.entries()
     if run_id not in decisions(entries):  # a run that was resumed after its answer answers once, and publishes once
-        events = _events(run, store, actor, reason, refusal)
+        asked = event_of(entries, run_id, AWAITING)
+        said = str(asked.event.data.get("reason", "")) if asked is not None else reason
+        events = _events(run, store, actor, said, refusal)
         with Ledger.open(workspace.ledger) as ledger:
             ledger.append(*events)
             entries = ledger.entries()

@@ -31,7 +31,7 @@ def approve(workspace_root: str, run_id: str, actor: str) -> Publication:
         if not event_of(ledger.entries(), run_id, "approved"):
             data = {name: asked.event.data[name] for name in ("root", "checks")}
             ledger.append(Event(kind="approved", actor=actor, run_id=run_id, version=run.plan.parent, data=data))
-    return answers.publish(workspace_root, run_id, asked.event.actor, str(asked.event.data.get("reason", "")))
+    return answers.publish(workspace_root, run_id, asked.event.actor)
 
 
 def refuse(workspace_root: str, run_id: str, actor: str, reason: str) -> Publication:
@@ -48,10 +48,8 @@ def refuse(workspace_root: str, run_id: str, actor: str, reason: str) -> Publica
     """
     if not reason.strip():
         raise UsageError("A refusal needs a reason: it stays on record. Give one with --reason.")
-    run, asked = waiting_run(workspace_root, run_id)
+    run, _ = waiting_run(workspace_root, run_id)
     with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
         if event_of(ledger.entries(), run_id, "approved"):
             raise UsageError(f"{run_id}: was approved already. Run `takedown approve` again to publish it.")
-    return answers.publish(
-        workspace_root, run_id, actor, str(asked.event.data.get("reason", "")), refusal=f"Not approved: {reason}"
-    )
+    return answers.publish(workspace_root, run_id, actor, refusal=f"Not approved: {reason}")

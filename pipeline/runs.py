@@ -137,17 +137,19 @@ def plan_run(workspace: Workspace, requests: Sequence[str] | None = None, actor:
         actor: Who asked for it, for the ledger.
 
     Returns:
-        The plan, or None when nothing waits.
+        The plan, or None when nothing waits. For everything that waits no new one while a run, be it a reinstatement,
+        waits for approval, which a version of another run would outdate: that one's, or one's that has it already.
 
     Raises:
         UsageError: A request is unknown, decided or on hold, or another run that has it waits for approval.
     """
     with Ledger.open(workspace.ledger) as ledger:
         entries = ledger.entries()
-        held = [plan for plan in undecided(workspace, entries) if not plan.reinstates]
+        held = undecided(workspace, entries)
         if held and requests is None:
-            return held[0]  # another step from the same parent would outdate it
-        for plan in held:
+            approved = {e.event.run_id for e in entries if e.event.kind == "approved"}
+            return next((plan for plan in held if plan.run_id in approved), held[0])
+        for plan in (plan for plan in held if not plan.reinstates):
             shared = sorted(set(requests or ()) & set(plan.requests))
             if shared and set(requests or ()) != set(plan.requests):
                 raise UsageError(

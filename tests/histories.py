@@ -267,6 +267,17 @@ def reinstate(workspace: Workspace, *requests: str, again: Sequence[str] = (), a
         The current version.
     """
     from pipeline.answers import publish as answer
+
+    run_id = prepare_reinstatement(workspace, *requests, again=again, accepted=accepted)
+    with writing(workspace):
+        answer(str(workspace.root), run_id, "tester", "licence shown")
+    return current_version(entries_of(workspace))
+
+
+def prepare_reinstatement(
+    workspace: Workspace, *requests: str, again: Sequence[str] = (), accepted: bool = True
+) -> str:
+    """All of `reinstate` but its publish; returns the run's id."""
     from pipeline.evidence import decisions
     from pipeline.reinstate import plan_reinstatement
     from pipeline.stages import leave_out_stage
@@ -288,8 +299,7 @@ def reinstate(workspace: Workspace, *requests: str, again: Sequence[str] = (), a
                 ),
                 () if accepted else (f"{requests[0]} (reinstated): did not come back.",),
             )
-        answer(str(workspace.root), plan.run_id, "tester", "licence shown")
-    return current_version(entries_of(workspace))
+    return plan.run_id
 
 
 def publish(workspace: Workspace, run_id: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from histories import array_model, entries_of, prepare_step, publish, start_history
+from histories import array_model, entries_of, make_step, prepare_reinstatement, prepare_step, publish, start_history
 from workspaces import copied, draw_text, take_in
 
 from flows import cli
@@ -22,8 +22,9 @@ from pipeline.history import step_view
 from pipeline.ledger import Ledger
 from pipeline.records import Event
 from pipeline.requests import note
-from pipeline.runs import plan_run
+from pipeline.runs import open_run, outdated, plan_run
 from pipeline.states import current_version, request_states
+from pipeline.upkeep import purge
 from pipeline.verify import verify
 from pipeline.workspace import Workspace, writing
 
@@ -57,6 +58,10 @@ def run_id(ws: Workspace) -> str:
 
 def kinds(workspace: Workspace, since: int = 0) -> list[tuple[str, str]]:
     return [(e.event.kind, e.event.actor) for e in entries_of(workspace)[since:]]
+
+
+def killed(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
 
 
 def states(workspace: Workspace) -> dict[str, str]:
@@ -119,9 +124,6 @@ def test_approved_run_is_published_and_says_by_whom(ws: Workspace, run_id: str, 
 def test_approval_that_was_killed_is_finished_by_the_same_call_or_the_next_run(
     ws: Workspace, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, writing(ws):
         patch.setattr(answers, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -215,6 +217,95 @@ def test_verify_finds_a_version_that_nobody_approved(ws: Workspace, run_id: str,
             ledger.append(Event(kind="approved", actor="counsel", run_id=run_id, version=1, data=data))
         answers.publish(str(other.root), run_id, "nightly")
     assert [b.means for b in verify(other)] == ["Nobody approved these weights."]
+
+
+def test_a_purge_waits_for_the_decision(ws: Workspace, run_id: str) -> None:
+    before = entries_of(ws)
+    with pytest.raises(UsageError, match=f"{run_id}: waits for approval, and a purge removes"):
+        purge(ws, 1, "officer", "retention")
+    assert entries_of(ws) == before and verify(ws) == []
+    with writing(ws):
+        decide.refuse(str(ws.root), run_id, "counsel", "kept works lose")
+    assert purge(ws, 1, "officer", "retention").versions == (0,)
+
+
+# --- texts put back ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made_back(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """v1 without A, v2 without B; a reinstatement of A waits for approval, and D to be worked on."""
+    folder = tmp_path_factory.mktemp("back")
+    workspace = start_history(folder / "ws", array_model(folder / "model"))
+    make_step(workspace, "A")
+    make_step(workspace, "B")
+    workspace.settings_file.write_text('approval = "required"\n')
+    note(workspace, "countered", "A", "legal", "letter")
+    run_id = prepare_reinstatement(workspace, "A")
+    with writing(workspace):
+        assert hold(str(workspace.root), run_id, "legal", "licence shown")
+    take_in(workspace, "batch-D", {"D": draw_text("D", 30)})
+    return workspace.root
+
+
+@pytest.fixture
+def back(made_back: Path, tmp_path: Path) -> Workspace:
+    return copied(made_back, tmp_path / "back")
+
+
+def test_scheduled_run_leaves_a_reinstatement_that_waits(back: Workspace) -> None:
+    (found,) = waiting(back, entries_of(back))
+    assert found.reinstates == ("A",)
+    with writing(back):
+        plan = plan_run(back)
+        assert plan is not None and plan.run_id == found.run_id
+        assert hold(str(back.root), plan.run_id, "nightly")
+        assert decide.approve(str(back.root), plan.run_id, "counsel").version == 3
+        plan = plan_run(back)
+        assert plan is not None and plan.requests == ("D",)
+    assert states(back) == {"A": "reinstated", "B": "verified", "D": "waiting"} and verify(back) == []
+
+
+def test_scheduled_run_finishes_an_approved_reinstatement_with_the_reason_on_record(
+    back: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (found,) = waiting(back, entries_of(back))
+    # An urgent run waits beside it: what is approved goes first.
+    urgent = prepare_step(back, ["D"], submit=False)
+    with writing(back):
+        assert hold(str(back.root), urgent, "court")
+    for run_id in (urgent, found.run_id):
+        other = copied(back.root, back.root.with_name(run_id))
+        with monkeypatch.context() as patch, writing(other):
+            patch.setattr(answers, "publish", killed)
+            with pytest.raises(KeyboardInterrupt):
+                decide.approve(str(other.root), run_id, "counsel")
+        with writing(other):
+            plan = plan_run(other)
+            assert plan is not None and plan.run_id == run_id and not hold(str(other.root), run_id, "nightly")
+            assert answers.publish(str(other.root), run_id, "nightly").version == 3
+        reasons = [e.event.data["reason"] for e in entries_of(other) if e.event.kind == "reinstated"]
+        assert reasons == (["licence shown"] if run_id == found.run_id else [])
+        assert verify(other) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "told"),
+    [
+        ("hold", "A", "A is on hold now"),
+        ("withdrawn", "B", "other texts have to stay out now"),
+        ("hold", "D", None),  # not one of its texts
+    ],
+)
+def test_reinstatement_is_outdated_by_what_concerns_its_texts(
+    back: Workspace, kind: Any, name: str, told: str | None
+) -> None:
+    (found,) = waiting(back, entries_of(back))
+    plan = open_run(back.root, found.run_id).plan
+    assert outdated(entries_of(back), plan) is None
+    note(back, kind, name, "legal", "letter")
+    assert outdated(entries_of(back), plan) == told
+    assert [w.run_id for w in waiting(back, entries_of(back))] == ([found.run_id] if told is None else [])
 
 
 # --- the verbs --------------------------------------------------------------------------------------------
