@@ -17,6 +17,7 @@ from rich.text import Text
 from flows.overlaps import show_overlaps
 from flows.progress import bars
 from flows.terminal import TIME, Json, err, megabytes, number_of, opened, out, outside, say, show_json, table
+from pipeline.approval import waiting
 from pipeline.certificate import write_certificate
 from pipeline.diff import VersionDiff
 from pipeline.diff import diff as compare_versions
@@ -38,7 +39,6 @@ from pipeline.keys import log_vkey
 from pipeline.records import LedgerEntry, VersionManifest
 from pipeline.rekey import rekey_notes
 from pipeline.report import render
-from pipeline.runs import undecided
 from pipeline.states import (
     TAKEN_OUT,
     RequestState,
@@ -94,7 +94,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     workspace = opened(context)
     entries = checked_entries(workspace)
     states, current = request_states(entries), current_version(entries)
-    held = [plan.run_id for plan in undecided(workspace, entries)]
+    held = [run.run_id for run in waiting(workspace, entries)]
     if as_json:
         show_json({"current": current, "requests": list(states.values()), "undecided": held})
         return
@@ -110,8 +110,8 @@ def status(context: typer.Context, as_json: Json = False) -> None:
         for s in states.values()
     ]
     out.print(table("Requests", ("request", "state", "batch", "received", "excluded since"), rows))
-    waiting = sum(s.to_do for s in states.values())
-    say(f"{waiting} waiting." if waiting else "Nothing waits.")
+    to_do = sum(s.to_do for s in states.values())
+    say(f"{to_do} waiting." if to_do else "Nothing waits.")
     for run_id in held:
         say(f"{run_id} waits for approval; see takedown review.")
 

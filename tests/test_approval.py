@@ -122,13 +122,15 @@ def test_approved_run_is_published_and_says_by_whom(ws: Workspace, run_id: str, 
 
 
 def test_approval_that_was_killed_is_finished_by_the_same_call_or_the_next_run(
-    ws: Workspace, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    takedown: Takedown, ws: Workspace, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, writing(ws):
         patch.setattr(answers, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
             decide.approve(str(ws.root), run_id, "counsel")
     assert waiting(ws, entries_of(ws)) == []
+    shown = takedown("status")[1], json.loads(takedown("status", "--json")[1])["undecided"]
+    assert "waits for approval" not in shown[0] and shown[1] == []
     other = copied(ws.root, tmp_path / "other")
     with writing(ws):
         assert decide.approve(str(ws.root), run_id, "counsel").version == 2
