@@ -434,7 +434,7 @@ def _check_requests(manifests: Mapping[int, VersionManifest], entries: Entries) 
             if request_id not in received:
                 found = f"lists request {request_id}, which no ledger entry received"
                 breaks.append(Break(where=f"v{version}", found=found, means=contradicts))
-    return breaks + _check_standing(entries) + _check_runs(entries)
+    return breaks + _check_standing(entries) + _check_approvals(manifests, entries) + _check_runs(entries)
 
 
 def _check_standing(entries: Entries) -> list[Break]:
@@ -456,24 +456,35 @@ def _check_standing(entries: Entries) -> list[Break]:
     ]
 
 
+def _check_approvals(manifests: Mapping[int, VersionManifest], entries: Entries) -> list[Break]:
+    """Weights that somebody had to approve, by the run's settings or because it waited for that, must have been."""
+    breaks, approved = [], dict[str | None, object]()  # run → root of the weights that somebody approved
+    asked = {m.run_id for m in manifests.values() if m.settings.get("approval") == "required"}
+    for entry in entries:
+        event = entry.event
+        if event.kind == AWAITING:
+            asked.add(event.run_id)
+            approved.pop(event.run_id, None)  # what was approved before it waited is not what it waited with
+        elif event.kind == "approved":
+            approved[event.run_id] = event.data.get("root")
+        elif event.kind == "published" and event.run_id in asked:
+            if approved.get(event.run_id, "") == event.data.get("root"):
+                continue
+            found = f"v{event.version} was published by {event.run_id}, whose weights had to be approved"
+            breaks.append(Break(where=f"ledger entry {entry.seq}", found=found, means="Nobody approved these weights."))
+    return breaks
+
+
 def _check_runs(entries: Entries) -> list[Break]:
     """A run's limits must have been on record before its result, and its result must name its evidence.
 
     What it starts from must have been in force when it was planned.
     """
     breaks, planned, current = [], set[str | None](), None
-    approved = dict[str | None, object]()
     for entry in entries:
         event, where = entry.event, f"ledger entry {entry.seq}"
         if event.kind in (*PUBLISHING, "rolled-back"):
             current = event.version
-        if event.kind == AWAITING:
-            approved[event.run_id] = None
-        elif event.kind == "approved" and event.run_id in approved:
-            approved[event.run_id] = event.data.get("root")
-        elif event.kind == "published" and approved.get(event.run_id, event.data.get("root")) != event.data.get("root"):
-            found = f"v{event.version} was published by {event.run_id}, which waited for approval of its weights"
-            breaks.append(Break(where=where, found=found, means="Nobody approved these weights."))
         if event.kind == "planned":
             planned.add(event.run_id)
             if event.version not in (None, current):

@@ -221,6 +221,23 @@ def test_verify_finds_a_version_that_nobody_approved(ws: Workspace, run_id: str,
     assert [b.means for b in verify(other)] == ["Nobody approved these weights."]
 
 
+@pytest.mark.parametrize("root", [None, "root-sha256:" + "0" * 64])
+def test_verify_finds_a_version_whose_run_never_waited_for_the_approval_it_needed(
+    tmp_path: Path, root: str | None
+) -> None:
+    workspace = start_history(tmp_path / "ws", array_model(tmp_path / "model"))
+    make_step(workspace, "A")  # nobody had to approve this one
+    workspace.settings_file.write_text('approval = "required"\n')
+    run_id = prepare_step(workspace, ["B"])
+    if root is not None:  # other weights were approved
+        with writing(workspace), Ledger.open(workspace.ledger) as ledger:
+            ledger.append(Event(kind="approved", actor="counsel", run_id=run_id, version=1, data={"root": root}))
+    publish(workspace, run_id)
+    (found,) = verify(workspace)
+    assert found.found == f"v2 was published by {run_id}, whose weights had to be approved"
+    assert found.means == "Nobody approved these weights."
+
+
 def test_a_purge_waits_for_the_decision(ws: Workspace, run_id: str) -> None:
     before = entries_of(ws)
     with pytest.raises(UsageError, match=f"{run_id}: waits for approval, and a purge removes"):
