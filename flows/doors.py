@@ -19,11 +19,12 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flows.liveness import alive, only_one
+from flows.environment import prefect_home
+from flows.liveness import alive
 from flows.runners import shares, side_by_side
 from pipeline.dropfolder import Delivery, take_inbox
 from pipeline.errors import WorkspaceBusy
-from pipeline.patience import LONGEST_WAIT_S, writing_in_turn
+from pipeline.patience import LONGEST_WAIT_S, only_one, writing_in_turn
 from pipeline.records import Break, Publication
 from pipeline.runs import AWAITING
 from pipeline.submit import still_waiting
@@ -82,7 +83,8 @@ def scheduled(workspace: str, actor: str = "scheduled") -> State[Any]:
         actor: For the ledger.
     """
     opened = open_workspace(Path(workspace))
-    with alive(opened.root), only_one(opened.root, "scheduled") as first:
+    # A schedule that is faster than its runs must not pile them up.
+    with alive(opened.root), only_one(prefect_home(opened.root) / "scheduled.lock") as first:
         if not first:
             return Completed(name="Deferred", message="The scheduled run before this one is still at work.")
         try:
@@ -227,7 +229,7 @@ def audit(workspace: str) -> State[Any]:
     opened = open_workspace(Path(workspace))
     with (
         alive(opened.root),
-        only_one(opened.root, "audit") as first,
+        only_one(prefect_home(opened.root) / "audit.lock") as first,
         tempfile.TemporaryDirectory(prefix="takedown-audit-") as scratch,
     ):
         if not first:

@@ -48,11 +48,11 @@ PAGE = 200
 def alive(workspace: Path) -> Iterator[None]:
     """Mark the flow run that calls this as alive; outside of one it does nothing."""
     run_id = flow_run.id
-    path = _file(workspace, run_id or "none")
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if run_id is None:
         yield
         return
+    path = _file(workspace, run_id)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = _locked(path)
     try:
         yield
@@ -68,25 +68,6 @@ def _locked(path: Path) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX)
         if path.exists() and path.stat().st_ino == os.fstat(fd).st_ino:
             return fd
-        os.close(fd)
-
-
-@contextmanager
-def only_one(workspace: Path, name: str) -> Iterator[bool]:
-    """Let one process of a kind go on; a schedule that is faster than its runs must not pile them up.
-
-    Yields:
-        Whether this is the one.
-    """
-    fd = os.open(prefect_home(workspace) / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
         os.close(fd)
 
 

@@ -6,12 +6,9 @@ Exit 0 stopped by Ctrl-C or SIGTERM · 2 wrong use · 3 served already, or Prefe
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
@@ -19,6 +16,7 @@ import typer
 from flows.environment import prefect_home, prepare, server_answers
 from flows.terminal import opened, say
 from pipeline.errors import Interrupted, UsageError, WorkspaceBusy
+from pipeline.patience import only_one
 from pipeline.settings import ServeSettings
 from pipeline.workspace import Workspace
 
@@ -55,7 +53,9 @@ def serve(context: typer.Context) -> None:
     configured = os.environ.get("PREFECT_API_URL", "")
     if configured and not server_answers(configured):
         raise UsageError(f"{configured}: no Prefect server answers there. Start it, or unset PREFECT_API_URL.")
-    with _served_once(workspace):
+    with only_one(prefect_home(workspace.root) / "serve.lock") as first:
+        if not first:
+            raise WorkspaceBusy(f"{workspace.root}: is served already. Stop the other `takedown serve` first.")
         if configured:
             prepare(workspace.root)
             asyncio.run(_serve(workspace, settings, None))
@@ -69,27 +69,6 @@ def serve(context: typer.Context) -> None:
             asyncio.run(_serve(workspace, settings, server))
             if server.poll() is not None:
                 raise Interrupted(f"Prefect's server ended; {prefect_home(workspace.root) / 'server.log'} says why.")
-
-
-@contextmanager
-def _served_once(workspace: Workspace) -> Iterator[None]:
-    """Only one process serves a workspace; the lock ends with it.
-
-    Raises:
-        WorkspaceBusy: Another one does.
-    """
-    prefect_home(workspace.root).mkdir(mode=0o700, exist_ok=True)
-    fd = os.open(prefect_home(workspace.root) / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WorkspaceBusy(
-                f"{workspace.root}: is served already. Stop the other `takedown serve` first."
-            ) from None
-        yield
-    finally:
-        os.close(fd)
 
 
 async def _serve(workspace: Workspace, settings: ServeSettings, server: subprocess.Popen[bytes] | None) -> None:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from pipeline.errors import WorkspaceBusy
 from pipeline.progress import tell
@@ -93,6 +94,29 @@ def is_locked(fd: int) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+@contextmanager
+def only_one(lock: Path) -> Iterator[bool]:
+    """Let one of all that ask for the same lock go on; nobody waits, and the lock ends with its process.
+
+    Args:
+        lock: A file; made where it is missing, with its folder.
+
+    Yields:
+        Whether this is the one.
+    """
+    lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(fd)
 
 
 def _open(workspace: Workspace) -> int:

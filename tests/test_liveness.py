@@ -15,7 +15,8 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 
 from flows import liveness
 from flows.environment import prefect_home
-from flows.liveness import alive, only_one
+from flows.liveness import alive
+from pipeline.patience import only_one
 
 RUN = "01a22936-7ca9-707e-8695-bfa465d374d8"
 LIVE = """
@@ -23,8 +24,9 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from flows import liveness
+from pipeline.patience import only_one
 liveness.flow_run = SimpleNamespace(id=sys.argv[2])
-with liveness.alive(Path(sys.argv[1])), liveness.only_one(Path(sys.argv[1]), "scheduled") as first:
+with liveness.alive(Path(sys.argv[1])), only_one(Path(sys.argv[3])) as first:
     print(first, flush=True)
     time.sleep(600)
 """
@@ -38,18 +40,21 @@ def remembered(minutes: float) -> FlowRun:
 
 
 def test_killed_process_is_dead_and_lets_the_next_one_go_on(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", LIVE, str(tmp_path), RUN], stdout=subprocess.PIPE, text=True)
+    lock = prefect_home(tmp_path) / "scheduled.lock"
+    process = subprocess.Popen(
+        [sys.executable, "-c", LIVE, str(tmp_path), RUN, str(lock)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None and process.stdout.readline() == "True\n"
         path = prefect_home(tmp_path) / "alive" / RUN
         assert path.is_file() and not liveness._is_dead(tmp_path, remembered(minutes=60))
-        with only_one(tmp_path, "scheduled") as first:
+        with only_one(lock) as first:
             assert not first
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert path.is_file() and liveness._is_dead(tmp_path, remembered(minutes=0))
-    with only_one(tmp_path, "scheduled") as first:
+    with only_one(lock) as first:
         assert first
 
 
@@ -69,7 +74,7 @@ def test_file_goes_when_the_run_ends_however_it_ends(tmp_path: Path, monkeypatch
 
 def test_outside_of_a_flow_nothing_is_marked(tmp_path: Path) -> None:
     with alive(tmp_path):
-        assert list((prefect_home(tmp_path) / "alive").iterdir()) == []
+        assert not prefect_home(tmp_path).exists()
 
 
 @pytest.mark.parametrize(

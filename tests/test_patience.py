@@ -19,7 +19,7 @@ from workspaces import draw_text, write_batch
 from flows import cli
 from pipeline import patience
 from pipeline.errors import WorkspaceBusy
-from pipeline.patience import writing_in_turn
+from pipeline.patience import only_one, writing_in_turn
 from pipeline.progress import listening
 from pipeline.workspace import Workspace, writing
 
@@ -143,3 +143,11 @@ def test_two_who_wait_both_get_their_turn(ws: Workspace) -> None:
     for thread in threads:
         thread.join()
     assert sorted(turns) == [0, 1]
+
+
+def test_only_one_goes_on_and_the_next_one_after_it(tmp_path: Path) -> None:
+    lock = tmp_path / "prefect" / "audit.lock"  # nothing of it is there
+    with only_one(lock) as first, only_one(lock) as second, only_one(lock.with_name("scheduled.lock")) as other:
+        assert (first, second, other) == (True, False, True)
+    with only_one(lock) as first:
+        assert first
