@@ -34,9 +34,8 @@ class Door:
     Attributes:
         name: Of the deployment.
         flow: What it runs.
-        schedule: When, out of the settings; None for one that is only run when asked for.
-        parameters: Beside the workspace: what it runs with unless told otherwise.
         text: What it is for.
+        schedule: When, out of the settings; None for one that is only run when asked for.
     """
 
     name: str

@@ -123,14 +123,16 @@ def run_step(workspace: str, requests: list[str] | None, actor: str) -> Publicat
 
 def ended(publication: Publication | None, delivery: Delivery) -> State[Any]:
     """The state that says what came of a run. Failed is what somebody must look at."""
-    aside = f" Set aside: {', '.join(f'inbox/rejected/{r.name}' for r in delivery.rejected)}."
     name, message = "NothingWaits", "Nothing waits."
     if publication is not None:
         name = NAMES[publication.outcome]
         version = "no new version" if publication.version is None else f"v{publication.version}"
         message = f"{publication.run_id}: {publication.outcome}, {version}."
+    if delivery.arriving:
+        message += f" Still being written: {', '.join(f'inbox/{file}' for file in delivery.arriving)}."
     if delivery.rejected:
-        return Failed(name="SetAside" if name != "Refused" else name, message=message + aside)
+        message += f" Set aside: {', '.join(f'inbox/rejected/{r.name}' for r in delivery.rejected)}."
+        return Failed(name="SetAside" if name != "Refused" else name, message=message)
     return Failed(name=name, message=message) if name == "Refused" else Completed(name=name, message=message)
 
 

@@ -68,7 +68,10 @@ def searching_on(
 
 def missing(cluster: Cluster) -> UsageError:
     """What to say where an extra is not installed."""
-    return UsageError(f'runtime.runner = "{cluster}" needs an extra: pip install "takedown-pipeline[{cluster}]".')
+    return UsageError(
+        f'runtime.runner = "{cluster}" needs an extra: pip install "takedown-pipeline[{cluster}]". '
+        'Or set it to "threads".'
+    )
 
 
 def _lost(error: Exception) -> Interrupted:

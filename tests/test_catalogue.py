@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from flows.catalogue import DOORS, next_run, prefect_schedule
-from flows.doors import Decision, Urgent
+from flows.doors import Decision, Urgent, ended
+from pipeline.dropfolder import Delivery, Rejected
 from pipeline.errors import InvalidInput
+from pipeline.records import Publication
 from pipeline.settings import Schedule, ServeSettings, Settings, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,3 +95,34 @@ def test_urgent_names_a_batch_or_requests_and_no_text(given: dict[str, object]) 
 def test_decision_names_a_run(run: str) -> None:
     with pytest.raises(ValueError, match="run"):
         Decision(run=run, decision="approve", actor="counsel")
+
+
+@pytest.mark.parametrize(
+    ("publication", "delivery", "told"),
+    [
+        (None, Delivery(), ("NothingWaits", False, "Nothing waits.")),
+        (
+            Publication(outcome="published", run_id="run-1", version=3),
+            Delivery(arriving=("a.json", "b.json")),
+            ("Published", False, "run-1: published, v3. Still being written: inbox/a.json, inbox/b.json."),
+        ),
+        (
+            None,
+            Delivery(rejected=(Rejected("c.json", ()),), arriving=("a.json",)),
+            (
+                "SetAside", True,
+                "Nothing waits. Still being written: inbox/a.json. Set aside: inbox/rejected/c.json.",
+            ),
+        ),
+        (
+            Publication(outcome="refused", run_id="run-1", version=None),
+            Delivery(rejected=(Rejected("c.json", ()),)),
+            ("Refused", True, "run-1: refused, no new version. Set aside: inbox/rejected/c.json."),
+        ),
+    ],
+)  # fmt: skip
+def test_final_state_tells_of_every_file_that_was_not_taken_in(
+    publication: Publication | None, delivery: Delivery, told: tuple[str, bool, str]
+) -> None:
+    state = ended(publication, delivery)
+    assert (state.name, state.is_failed(), state.message) == told
