@@ -135,8 +135,8 @@ def waiting_run(workspace_root: str, run_id: str) -> tuple[Run, LedgerEntry]:
     asked = event_of(entries, run_id, AWAITING)
     if asked is None:
         raise UsageError(f"{plain(run_id)}: does not wait for approval. `takedown review` lists what does.")
-    if run_id in decisions(entries):
-        entry = decisions(entries)[run_id]
+    if decided := decisions(entries).get(run_id):
+        entry = event_of(entries, run_id, "approved") or decided  # what was approved is accepted for whoever asked
         raise UsageError(f"{run_id}: was decided on by {plain(entry.event.actor)} in ledger entry {entry.seq}.")
     run = open_run(workspace_root, run_id)
     if reason := outdated(entries, run.plan):

@@ -253,8 +253,9 @@ def _used_entries(log: _Log, case: _Case, request_id: str) -> list[LedgerEntry]:
     used = [
         _published(log, 0), log.needed("planned", run_id=run_id), case.decision,
         next(e for e in log.entries if e.event.kind == "received" and e.event.request_id == request_id),
-        *_approval(log, case),
     ]  # fmt: skip
+    if (approved := _approval(log, case)) is not None:
+        used.append(approved)
     for version in case.path:
         published = _published(log, version)
         used.append(published)
@@ -390,15 +391,14 @@ def _gate(log: _Log, case: _Case) -> dict[str, object] | None:
     accepted = log.needed("accepted", run_id=case.decision.event.run_id)
     named = {name: accepted.event.data.get(name) for name in ("checks", "reasons", "unchecked")}
     said: dict[str, object] = {"accepted_at": log.at(accepted), "accepted_by": accepted.event.actor, **named}
-    for entry in _approval(log, case):
+    if (entry := _approval(log, case)) is not None:
         said |= {"approved_at": log.at(entry), "approved_by": entry.event.actor}
     return said
 
 
-def _approval(log: _Log, case: _Case) -> list[LedgerEntry]:
-    """The entry that approved the version; none where nobody was asked."""
-    run_id = case.decision.event.run_id
-    return [e for e in log.entries if e.event.kind == "approved" and e.event.run_id == run_id] if case.excluded else []
+def _approval(log: _Log, case: _Case) -> LedgerEntry | None:
+    """The entry that approved the version; None where nobody was asked."""
+    return log.find("approved", run_id=case.decision.event.run_id) if case.excluded else None
 
 
 # --- writing ----------------------------------------------------------------------------------------------

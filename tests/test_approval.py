@@ -98,7 +98,7 @@ def test_approved_run_is_published_and_says_by_whom(ws: Workspace, run_id: str, 
     assert kinds(ws, before)[:3] == [("approved", "counsel"), ("accepted", "nightly"), ("published", "nightly")]
     assert states(ws) == dict.fromkeys("ABC", "verified")
     assert waiting(ws, entries_of(ws)) == [] and verify(ws) == []
-    with writing(ws), pytest.raises(UsageError, match="was decided on by nightly"):
+    with writing(ws), pytest.raises(UsageError, match="was decided on by counsel"):
         decide.approve(str(ws.root), run_id, "counsel")
 
     certificate = certify(ws, "B")
