@@ -82,8 +82,8 @@ def run_batch(workspace_root: Path, batch: Path) -> None:
     from flows.progress import bars
     from flows.takedown import takedown
     from flows.terminal import err
-    from pipeline.evidence import decisions
     from pipeline.history import read_entries, step_view
+    from pipeline.states import decisions
     from pipeline.submit import submit
     from pipeline.workspace import open_workspace
 

@@ -85,11 +85,11 @@ async def _serve(workspace: Workspace, settings: ServeSettings, server: subproce
     for count, what in ((dead, "runs had died; Prefect knows now."), (missed, "missed runs are made up for by one.")):
         if count:
             say(f"{count} {what}")
-    await _announce(settings)
     running = asyncio.create_task(runner.start())
     while not runner.started and not running.done():
         await asyncio.sleep(0.1)
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, runner.handle_sigterm)
+    await _announce(settings)
     ended = asyncio.create_task(_end_of(server))
     await asyncio.wait({running, ended}, return_when=asyncio.FIRST_COMPLETED)
     if not running.done():

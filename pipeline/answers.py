@@ -12,7 +12,7 @@ from pipeline.approval import event_of
 from pipeline.context import first_worked_on, forget_spans, model_folder, thin_anchors
 from pipeline.discreet import discreet
 from pipeline.errors import StoreDamaged
-from pipeline.evidence import all_evidence, checks_root, decisions, keep
+from pipeline.evidence import all_evidence, checks_root, keep
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
 from pipeline.lineage import model_signer
@@ -30,7 +30,7 @@ from pipeline.records import (
     Verdict,
 )
 from pipeline.runs import AWAITING, Run, clean, open_run
-from pipeline.states import published_versions
+from pipeline.states import decisions, published_versions
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 

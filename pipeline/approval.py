@@ -12,10 +12,11 @@ from pathlib import Path
 
 from pipeline.display import plain
 from pipeline.errors import StoreDamaged, UsageError
-from pipeline.evidence import checks_root, decisions
+from pipeline.evidence import checks_root
 from pipeline.ledger import Ledger
 from pipeline.records import Evaluation, Event, LedgerEntry, MergeReport, Record, Verdict
 from pipeline.runs import AWAITING, DAMAGED_RUN, Run, open_run, outdated, undecided
+from pipeline.states import decisions
 from pipeline.workspace import Workspace, open_workspace
 
 

@@ -1,6 +1,7 @@
 """What the stages of a run share: models and texts brought back from disk, and what v0 says of the reference texts.
 
-In: an opened run. Out: tensors and passages, in memory only. Never: a text written anywhere.
+In: an opened run, or a workspace. Out: tensors and passages in memory; on disk what v0 says of reference texts, less
+what is taken out or erased. Never: a text written anywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from pipeline.anchor import build_anchor, load_anchor, save_anchor
+from pipeline.anchor import Anchor, build_anchor, load_anchor, save_anchor
 from pipeline.errors import UsageError
 from pipeline.evaluate import never_seen_level, score_texts, scores_by_text, spread
 from pipeline.files import digest_json, read_json, write_json
@@ -245,9 +246,7 @@ def thin_anchors(run: Run) -> None:
             anchor = load_anchor(path.parent, found.anchor)
             kept = anchor.apart_from(texts)
             if len(kept.passages) < len(anchor.passages):
-                ref = save_anchor(path.parent, kept) if kept.passages else None
-                found = found.model_copy(update={"anchor": ref})
-                write_json(path, found.model_dump(mode="json"))
+                found = _name_anchor(path, found, kept)
         _remove_unnamed(path.parent, found)
     for folder in measured.glob("*"):
         if not (folder / "reference.json").is_file():  # a killed measurement's
@@ -271,11 +270,15 @@ def drop_recited(workspace: Workspace) -> None:
         if own and not purged:
             shutil.rmtree(path.parent)
         elif own:
-            kept = anchor.without(own)
-            ref = save_anchor(path.parent, kept) if kept.passages else None
-            found = found.model_copy(update={"anchor": ref})
-            write_json(path, found.model_dump(mode="json"))
-            _remove_unnamed(path.parent, found)
+            _remove_unnamed(path.parent, _name_anchor(path, found, anchor.without(own)))
+
+
+def _name_anchor(path: Path, found: Reference, anchor: Anchor) -> Reference:
+    """Write a smaller anchor and name it; what it replaces stays until `_remove_unnamed`."""
+    ref = save_anchor(path.parent, anchor) if anchor.passages else None
+    found = found.model_copy(update={"anchor": ref})
+    write_json(path, found.model_dump(mode="json"))
+    return found
 
 
 def _remove_unnamed(folder: Path, found: Reference) -> None:

@@ -16,6 +16,7 @@ from pipeline.merkle import merkle_root
 from pipeline.objects import ObjectStore
 from pipeline.records import Comparison, DedupeReport, Evaluation, LedgerEntry, Record, RetainExclusion
 from pipeline.runs import Run
+from pipeline.states import decisions
 
 R = TypeVar("R", bound=Record)
 
@@ -23,9 +24,6 @@ RECORDS = (
     "plan", "reference", "leave-out", "dedupe", "screen", "saliency", "unlearn", "repair", "merge", "evaluate", "gate",
 )  # fmt: skip
 """Records of a run, in the order they are made. One that needed no training ends with ``screen``."""
-
-DECIDED = ("accepted", "refused", "answered")
-"""Events of a run (without a request id) that end it and name its evidence."""
 
 
 def keep(run: Run, objects: ObjectStore) -> dict[str, str]:
@@ -37,15 +35,6 @@ def keep(run: Run, objects: ObjectStore) -> dict[str, str]:
     found = {name: run.folder / f"{name}.json" for name in RECORDS}
     with explained_space(objects.folder):
         return {name: objects.put_bytes(path.read_bytes()) for name, path in found.items() if path.is_file()}
-
-
-def decisions(entries: Iterable[LedgerEntry]) -> dict[str, LedgerEntry]:
-    """The entry that decided each run, in order."""
-    return {
-        str(e.event.run_id): e
-        for e in entries
-        if e.event.kind in DECIDED and e.event.request_id is None and e.event.run_id is not None
-    }
 
 
 def evidence_of(entry: LedgerEntry) -> dict[str, str]:

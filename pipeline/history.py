@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.errors import StoreDamaged, TakedownError
-from pipeline.evidence import decisions, evidence_of, recall
+from pipeline.evidence import evidence_of, recall
 from pipeline.files import digest_bytes
 from pipeline.keys import log_vkey, model_public_key
 from pipeline.ledger import Ledger
@@ -46,6 +46,7 @@ from pipeline.states import (
     RequestState,
     ancestry,
     current_version,
+    decisions,
     follow,
     published_versions,
     purged_versions,

@@ -13,7 +13,6 @@ from pathlib import Path
 from pipeline.dedupe import dedupe
 from pipeline.discreet import discreet
 from pipeline.errors import UsageError
-from pipeline.evidence import decisions
 from pipeline.files import explained_space
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
@@ -24,6 +23,7 @@ from pipeline.states import (
     RELEASED,
     ancestry,
     current_version,
+    decisions,
     erased_requests,
     excluded,
     published_versions,

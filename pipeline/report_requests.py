@@ -12,12 +12,11 @@ from datetime import UTC, datetime
 from pydantic import ValidationError
 
 from pipeline.errors import StoreDamaged
-from pipeline.evidence import DECIDED
 from pipeline.records import LedgerEntry, TextScore
 from pipeline.report_views import EventView, PlannedView, RequestView, StepView
 from pipeline.report_words import event_note, listed, places
 from pipeline.settings import GateSettings
-from pipeline.states import TAKEN_OUT, RequestState
+from pipeline.states import DECIDED, TAKEN_OUT, RequestState
 from pipeline.vault import open_vault, received_data
 from pipeline.workspace import Workspace
 

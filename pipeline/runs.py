@@ -22,7 +22,7 @@ from pipeline.ledger import Ledger
 from pipeline.records import Event, LedgerEntry, Record
 from pipeline.references import KINDS
 from pipeline.settings import Settings
-from pipeline.states import RELEASED, in_force, published_versions, request_states, stays_out
+from pipeline.states import RELEASED, decisions, in_force, published_versions, request_states, stays_out
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, open_workspace
@@ -214,7 +214,7 @@ def undecided(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[Plan
 
     Not those that were overtaken, see `outdated`, or whose folder is gone: they are computed anew.
     """
-    decided = {e.event.run_id for e in entries if e.event.kind in ("accepted", "refused") and not e.event.request_id}
+    decided = decisions(entries)
     asked = [e.event.run_id for e in entries if e.event.kind == AWAITING and e.event.run_id not in decided]
     there = [str(run_id) for run_id in asked if (workspace.runs / str(run_id) / "plan.json").is_file()]
     plans = [open_run(workspace.root, run_id).plan for run_id in there]

@@ -62,6 +62,9 @@ on the text, whatever of it is left."""
 PUBLISHING = ("initialised", "published")
 """Events that acknowledge a version."""
 
+DECIDED = ("accepted", "refused", "answered")
+"""Events of a run (without a request id) that end it and name its evidence."""
+
 
 class RequestState(Record):
     """Where a request stands.
@@ -352,3 +355,12 @@ def stays_out(entries: Sequence[LedgerEntry], left_out: Sequence[int], reinstate
 def known_batches(entries: Iterable[LedgerEntry]) -> set[str]:
     """Ids of all batches of which a request was received."""
     return {str(e.event.data["batch_id"]) for e in entries if e.event.kind == "received" and "batch_id" in e.event.data}
+
+
+def decisions(entries: Iterable[LedgerEntry]) -> dict[str, LedgerEntry]:
+    """The entry that decided each run, in order."""
+    return {
+        str(e.event.run_id): e
+        for e in entries
+        if e.event.kind in DECIDED and e.event.request_id is None and e.event.run_id is not None
+    }

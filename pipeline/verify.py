@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.errors import NotAWorkspace, StoreDamaged, TakedownError, UsageError, VaultLocked
-from pipeline.evidence import DECIDED, decisions, evidence_of
+from pipeline.evidence import evidence_of
 from pipeline.files import canonical_json, digest_bytes, read_whole, unreadable
 from pipeline.keys import load_log_key, load_model_key, log_vkey, model_public_key
 from pipeline.ledger import Ledger
@@ -27,9 +27,11 @@ from pipeline.records import Break, LedgerEntry, VersionManifest
 from pipeline.runs import AWAITING
 from pipeline.seals import check_seal, read_note, stale_notes
 from pipeline.states import (
+    DECIDED,
     OUT,
     PUBLISHING,
     current_version,
+    decisions,
     erased_requests,
     follow,
     last_words,

@@ -278,9 +278,9 @@ def prepare_reinstatement(
     workspace: Workspace, *requests: str, again: Sequence[str] = (), accepted: bool = True
 ) -> str:
     """All of `reinstate` but its publish; returns the run's id."""
-    from pipeline.evidence import decisions
     from pipeline.reinstate import plan_reinstatement
     from pipeline.stages import leave_out_stage
+    from pipeline.states import decisions
 
     with writing(workspace):
         plan = plan_reinstatement(workspace, requests, "tester", "licence shown")

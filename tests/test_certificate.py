@@ -22,13 +22,13 @@ from workspaces import WORKS, copied, draw_text, leaks, published, step, take_in
 from pipeline import verify_bundle
 from pipeline.certificate import certify, render, write_certificate
 from pipeline.errors import NoSpace, StoreDamaged, UsageError
-from pipeline.evidence import decisions, find_check, recall
+from pipeline.evidence import find_check, recall
 from pipeline.keys import load_log_key, log_vkey
 from pipeline.ledger import Ledger
 from pipeline.merkle import EMPTY_ROOT
 from pipeline.notes import Checkpoint, checkpoint_text, parse_vkey, sign_note
 from pipeline.records import Evaluation, Event
-from pipeline.states import request_states
+from pipeline.states import decisions, request_states
 from pipeline.vault import Vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace

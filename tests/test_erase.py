@@ -15,7 +15,7 @@ from workspaces import WORKS, copied, draw_text, leaks, take_in
 from pipeline import verify_bundle
 from pipeline.erase import erase
 from pipeline.errors import Refused, UsageError
-from pipeline.evidence import decisions, noted_exclusions, recall
+from pipeline.evidence import noted_exclusions, recall
 from pipeline.gate import decide
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
@@ -26,7 +26,7 @@ from pipeline.requests import note
 from pipeline.rollback import roll_back
 from pipeline.search import claimed_works
 from pipeline.settings import GateSettings
-from pipeline.states import current_version, excluded, request_states, stays_out
+from pipeline.states import current_version, decisions, excluded, request_states, stays_out
 from pipeline.storecheck import Depth
 from pipeline.vault import Vault
 from pipeline.verify import verify

@@ -11,12 +11,12 @@ from tampered.calls import Answer, takedown
 from tampered.scene import rechain, settle, sql
 from workspaces import copied
 
-from pipeline.evidence import decisions, evidence_of
+from pipeline.evidence import evidence_of
 from pipeline.history import read_entries
 from pipeline.ledger import Ledger
 from pipeline.records import Event, Evidence
 from pipeline.requests import note
-from pipeline.states import request_states
+from pipeline.states import decisions, request_states
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
 

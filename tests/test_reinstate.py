@@ -28,7 +28,7 @@ from workspaces import (
 from pipeline import answers
 from pipeline.certificate import certify, write_certificate
 from pipeline.errors import Refused, UsageError
-from pipeline.evidence import RECORDS, decisions, evidence_of, recall
+from pipeline.evidence import RECORDS, evidence_of, recall
 from pipeline.history import lineage_view, read_entries, step_view
 from pipeline.index import DedupeIndex
 from pipeline.records import Evaluation, LeftOut, Publication
@@ -36,7 +36,7 @@ from pipeline.report import render
 from pipeline.report_facts import excluded_requests, measured_scores
 from pipeline.requests import note
 from pipeline.rollback import roll_back
-from pipeline.states import current_version, excluded, request_states
+from pipeline.states import current_version, decisions, excluded, request_states
 from pipeline.upkeep import purge
 from pipeline.verify import verify
 from pipeline.versions import VersionStore

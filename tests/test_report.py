@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import StoreDamaged
-from pipeline.evidence import all_evidence, decisions, evidence_of
+from pipeline.evidence import all_evidence, evidence_of
 from pipeline.files import digest_file
 from pipeline.history import lineage_view, read_entries
 from pipeline.ledger import Ledger
@@ -72,6 +72,7 @@ from pipeline.report_views import (
 from pipeline.report_words import event_note, perplexity, share, size
 from pipeline.rollback import roll_back
 from pipeline.settings import GateSettings
+from pipeline.states import decisions
 from pipeline.storecheck import Depth
 from pipeline.upkeep import purge, repack
 from pipeline.vault import Vault
