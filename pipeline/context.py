@@ -193,10 +193,10 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     parts = (settings.passages, settings.screen, settings.evaluate, settings.unlearn.anchor_top_k,
              settings.unlearn.anchor_pool)  # fmt: skip
     # Only where it counts: what was measured by a release that did not have it must be found, v0 may be purged.
-    sampled = (settings.unlearn.recited_samples, settings.runtime.seed) if settings.unlearn.recited_samples else ()
+    recited = (settings.unlearn.recited_openings,) if settings.unlearn.recited_openings else ()
     key = digest_json([
         VersionStore(workspace.versions).manifest(0).root, texts,
-        [p if isinstance(p, int) else p.model_dump() for p in (*parts, *sampled)],
+        [p if isinstance(p, int) else p.model_dump() for p in (*parts, *recited)],
     ]).removeprefix("sha256:")[:16]  # fmt: skip
     folder = workspace.reference / "measured" / key
     if (folder / "reference.json").is_file():
@@ -219,7 +219,7 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     anchor = None
     if anchors:
         built = build_anchor(model, anchors, settings.unlearn.anchor_top_k, pad, tokens)
-        if settings.unlearn.recited_samples and run.plan.parent:
+        if settings.unlearn.recited_openings and run.plan.parent:
             # v0 still recites what versions after it were made to forget, also what nobody has the text of any more.
             built = still_recited(parent_model(run)[0], built, pad, tokens)
         anchor = save_anchor(folder, built) if built.passages else None

@@ -1,9 +1,11 @@
 """What a model recites by itself: text to hold it to that nobody has to supply.
 
-In: a model. Out: distinct passages that it generates and is sure of. A model that is left to itself falls into what it
-knows by heart; sampled with a temperature that falls after the first tokens, as in extraction attacks (Carlini et al.,
-arXiv 2012.07805, section 5.1.1), it does so often. Works that nobody listed as worth keeping are thereby kept.
-Never: a text from outside. What resembles a takedown is left out by whoever uses the passages.
+In: a model. Out: distinct passages that it writes and is sure of. What a model knows by heart it goes on with from very
+little: from two tokens, where one makes the next sure. So it is asked what it is surest of behind each token of its
+vocabulary, and goes on greedily from the surest pairs. Works that nobody listed as worth keeping are thereby kept.
+Extraction attacks sample instead (Carlini et al., arXiv 2012.07805, section 5.1.1), which of the same number of texts
+brings up the same likely ones again and again. Never: a text from outside. What resembles a takedown is left out by
+whoever uses the passages.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from pipeline.anchor import SHARED, Anchor, build_anchor, retain_passages
 from pipeline.metrics import plain_decoding, score_passages
@@ -22,74 +23,85 @@ from pipeline.progress import Counter
 from pipeline.records import PassageSpan
 from pipeline.settings import Settings
 
-OPENING = 10
-"""Tokens drawn at temperature 1, so that samples differ, before it falls to `COOL`."""
-COOL = 0.5
+TRIED = 8
+"""Second tokens tried behind each first one; and first tokens tried for each opening asked for, where the vocabulary is
+larger than that."""
+GLANCE = 32
+"""Tokens after which what is not sure of itself is given up."""
 SURE = 0.6
 """Largest mean negative log-likelihood, in nats, of the second half of what counts as recited: prose that was never
 seen has several nats, text known by heart nearly none."""
 RUN = 16
-"""Tokens of a run by which samples are told apart: two that share such a run recite the same place."""
+"""Tokens of a run by which texts are told apart: two that share such a run recite the same place."""
 NEW = 0.4
-"""Share of a sample's runs that must be new for it to be kept."""
+"""Share of a text's runs that must be new for it to be kept."""
 VARIED = 0.5
-"""Share of a sample's runs that must differ from each other: a loop is sure of itself, too."""
+"""Share of a text's runs that must differ from each other: a loop is sure of itself, too."""
 
 PREFIX = "recited/"
 """Begins the names of such passages; no document's name has a slash."""
 AT_ONCE = 64
-"""Samples drawn together; what is drawn depends on it, so it is no setting."""
+"""Texts written together."""
 
 
-class _Cooling(LogitsProcessor):  # type: ignore[misc]
-    """Temperature 1 up to a length, `COOL` from there."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores if input_ids.shape[1] < self.length else scores / COOL
-
-
-def sample(model: nn.Module, tokenizer: Any, count: int, length: int, seed: int) -> list[list[int]]:
-    """Let the model write.
+def openings(model: nn.Module, tokenizer: Any, count: int, max_tokens: int) -> list[list[int]]:
+    """Beginnings of two tokens whose second the model is surest of, surest first.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer.
-        count: Samples.
-        length: Tokens of each, what it starts with included: the beginning that the tokenizer puts before a text, or
-            any one ordinary token where it puts nothing.
-        seed: Same seed, same samples on the same machine.
+        tokenizer: Its tokenizer; what it puts before a text is put before the two tokens.
+        count: How many.
+        max_tokens: Most tokens in a forward pass.
 
     Returns:
-        Token ids of each sample.
+        Token ids of each, without special tokens but those in front.
     """
-    device = next(model.parameters()).device
-    prefix, special = prompt_prefix(tokenizer), set(tokenizer.all_special_ids)
+    prefix, special = list(prompt_prefix(tokenizer)), set(tokenizer.all_special_ids)
     ordinary = [i for i in range(len(tokenizer)) if i not in special]
-    progress, samples = Counter("recite", count), list[list[int]]()
-    with torch.random.fork_rng(), torch.inference_mode(), plain_decoding(model):
-        torch.manual_seed(seed)
-        order = torch.randperm(len(ordinary)).tolist()
-        starts = [list(prefix) or [ordinary[order[i % len(order)]]] for i in range(count)]
-        for at in range(0, count, AT_ONCE):
-            ids = torch.tensor(starts[at : at + AT_ONCE], device=device)
+    firsts = ordinary[:: max(1, len(ordinary) // max(1, TRIED * count))]
+    device, rows = next(model.parameters()).device, max(1, max_tokens // (len(prefix) + 1))
+    sure, pairs = list[torch.Tensor](), list[torch.Tensor]()
+    with torch.inference_mode():
+        for at in range(0, len(firsts), rows):
+            ids = torch.tensor([[*prefix, first] for first in firsts[at : at + rows]], device=device)
+            last = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1].float()
+            found = last.log_softmax(-1)[:, torch.tensor(ordinary, device=device)].topk(min(TRIED, len(ordinary)))
+            seconds = torch.tensor(ordinary)[found.indices.cpu()]
+            sure.append(found.values.cpu().flatten())
+            pairs.append(torch.stack([ids[:, -1:].cpu().expand_as(seconds), seconds], -1).flatten(0, 1))
+    order = torch.cat(sure).argsort(descending=True, stable=True)[:count]
+    return [[*prefix, *pair] for pair in torch.cat(pairs)[order].tolist()]
+
+
+def go_on(model: nn.Module, tokenizer: Any, starts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    """Let the model write on from beginnings of one length, greedily, up to so many tokens in all."""
+    device = next(model.parameters()).device
+    progress, texts = Counter("recite", len(starts)), list[list[int]]()
+    with torch.inference_mode(), plain_decoding(model):
+        for at in range(0, len(starts), AT_ONCE):
+            ids = torch.tensor([list(start) for start in starts[at : at + AT_ONCE]], device=device)
             out = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_length=length,
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_length=length,
                 min_length=length, pad_token_id=pad_id(tokenizer),
-                logits_processor=LogitsProcessorList([_Cooling(ids.shape[1] + OPENING)]),
             )  # fmt: skip
-            samples += out.tolist()
+            texts += out.tolist()
             progress.add(len(ids))
-    return samples
+    return texts
 
 
-def distinct(samples: Sequence[Sequence[int]], surest_first: Sequence[int]) -> list[int]:
-    """Which samples to keep so that no two say mostly the same.
+def surest(model: nn.Module, texts: Sequence[Sequence[int]], pad: int, max_tokens: int) -> list[int]:
+    """Places of the distinct texts whose second half the model is sure of, surest first."""
+    nowhere = PassageSpan(request_id="recited", prompt_start=0, start=1, end=2)
+    scores = score_passages(model, [Passage(nowhere, tuple(ids), len(ids) // 2) for ids in texts], pad, max_tokens)
+    doubt = [s.nll / max(1, s.tokens) for s in scores]
+    return distinct(texts, sorted((i for i in range(len(texts)) if doubt[i] <= SURE), key=lambda i: doubt[i]))
+
+
+def distinct(texts: Sequence[Sequence[int]], surest_first: Sequence[int]) -> list[int]:
+    """Which texts to keep so that no two say mostly the same.
 
     Args:
-        samples: Token ids.
+        texts: Token ids.
         surest_first: Places of those to choose from, best first.
 
     Returns:
@@ -98,7 +110,7 @@ def distinct(samples: Sequence[Sequence[int]], surest_first: Sequence[int]) -> l
     seen: set[tuple[int, ...]] = set()
     chosen = []
     for place in surest_first:
-        ids = samples[place][OPENING:]
+        ids = texts[place]
         runs = [tuple(ids[i : i + RUN]) for i in range(len(ids) - RUN + 1)]
         fresh = set(runs)
         if not runs or len(fresh) < VARIED * len(runs) or sum(r not in seen for r in runs) <= NEW * len(runs):
@@ -108,27 +120,28 @@ def distinct(samples: Sequence[Sequence[int]], surest_first: Sequence[int]) -> l
     return chosen
 
 
-def recited_passages(
-    model: nn.Module, tokenizer: Any, count: int, length: int, max_tokens: int, seed: int
-) -> list[Passage]:
+def recited_passages(model: nn.Module, tokenizer: Any, count: int, length: int, max_tokens: int) -> list[Passage]:
     """Distinct passages that the model recites by itself, surest first.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        count: Openings that it is let go on from.
+        length: Tokens of a passage.
+        max_tokens: Most tokens in a forward pass.
 
     Returns:
         Passages scored from their second token on, under the names ``recited/0001`` …
     """
-    samples = sample(model, tokenizer, count, length, seed)
-    nowhere = PassageSpan(request_id="recited", prompt_start=0, start=1, end=2)
-    halves = [Passage(nowhere, tuple(ids), len(ids) // 2) for ids in samples]
-    scores = score_passages(model, halves, pad_id(tokenizer), max_tokens)
-    doubt = [s.nll / max(1, s.tokens) for s in scores]
-    sure = sorted((i for i in range(len(samples)) if doubt[i] <= SURE), key=lambda i: doubt[i])
+    pad = pad_id(tokenizer)
+    texts: Sequence[Sequence[int]] = openings(model, tokenizer, count, max_tokens)
+    for end in sorted({min(GLANCE, length), length}):
+        texts = go_on(model, tokenizer, texts, end)
+        texts = [texts[place] for place in surest(model, texts, pad, max_tokens)]
     return [
-        Passage(
-            PassageSpan(request_id=f"{PREFIX}{number:04}", prompt_start=0, start=1, end=len(samples[place])),
-            tuple(samples[place]), 1,
-        )
-        for number, place in enumerate(distinct(samples, sure), 1)
-    ]  # fmt: skip
+        Passage(PassageSpan(request_id=f"{PREFIX}{number:04}", prompt_start=0, start=1, end=len(ids)), tuple(ids), 1)
+        for number, ids in enumerate(texts, 1)
+    ]
 
 
 def still_recited(model: nn.Module, anchor: Anchor, pad: int, max_tokens: int) -> Anchor:
@@ -164,9 +177,9 @@ def anchor_passages(
     """What a lineage is held to: passages of its retain text, and what its first version recites by itself."""
     unlearn, cut = settings.unlearn, settings.passages
     found = retain_passages(tokenizer, documents, cut, unlearn.anchor_pool)
-    if unlearn.recited_samples:
+    if unlearn.recited_openings:
         found += recited_passages(
-            model, tokenizer, unlearn.recited_samples, cut.prompt_tokens + cut.continuation_tokens,
-            settings.runtime.batch_tokens, settings.runtime.seed,
+            model, tokenizer, unlearn.recited_openings, cut.prompt_tokens + cut.continuation_tokens,
+            settings.runtime.batch_tokens,
         )  # fmt: skip
     return found

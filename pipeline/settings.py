@@ -133,9 +133,9 @@ class UnlearnSettings(Section):
     """Retain passages per iteration."""
     anchor_pool: int = Field(256, gt=0)
     """Retain passages that v0's predictions are kept of, spread evenly over the documents."""
-    recited_samples: int = Field(0, ge=0)
-    """Times that v0 is let write, once for the lineage, to learn what it knows by heart: held to like retain text, with
-    nobody having to list it. Takes some minutes on a CPU for a few million weights."""
+    recited_openings: int = Field(0, ge=0)
+    """Beginnings from which v0 is let write, once for the lineage, to learn what it knows by heart: held to like retain
+    text, with nobody having to list it. Takes a minute on a CPU for a few million weights."""
     recited_passages: int = Field(32, gt=0)
     """Recited passages per iteration, of retain text or found in this way, beside ``anchor_passages`` others; by
     ``short-context``."""

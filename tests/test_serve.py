@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 MAIN = [sys.executable, "-c", "from flows.cli import main; main()"]
 LONGEST_S = 800
 FAR = {"cron": "0 0 1 1 *"}
+
+
+def answered(request: urllib.request.Request) -> Any:
+    """The server's answer; where its database is busy, it says 503 and is asked again, as Prefect's own client does."""
+    for _ in range(20):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            time.sleep(1)
+    raise AssertionError(f"{request.full_url}: the server's database stayed busy")
 
 
 class Served:
@@ -63,12 +77,10 @@ class Served:
         request = urllib.request.Request(
             f"{self.api_url}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+        return answered(request)
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"{self.api_url}/{path}", timeout=60) as answer:
-            return json.load(answer)
+        return answered(urllib.request.Request(f"{self.api_url}/{path}"))
 
     def runs(self, deployment: str) -> list[dict[str, Any]]:
         """All runs of a deployment."""

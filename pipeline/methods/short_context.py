@@ -9,8 +9,10 @@ unrelated beginning, where it cannot recognise the passage:
 
 The hinge on log-odds pushes every token with the same force, however well it is memorised (the gradient of log p fades
 as p nears 1, that of 1 - p as p nears 0), and lets go of it at the level of never-seen text: a stop per token, so that
-nothing is forgotten below that level and the leftover trace of having been trained on fades with it. Some passages of
-earlier takedowns are kept from rising in the same way.
+nothing is forgotten below that level and the leftover trace of having been trained on fades with it. Of the passages of
+earlier takedowns, those that have risen are pushed like new ones, and some others are held, by the same KL, to what the
+parent says of them: neither may a later step bring them back, nor push them below never-seen text, where their absence
+would tell that they were there.
 
 Ours; the parts have forerunners: unlikelihood (Welleck et al., arXiv 1908.04319) has the soft stop, ALKN (ICML 2025)
 leaves forgotten tokens alone, and comparing a long with a short context is how memorisation is measured (counterfactual
@@ -24,7 +26,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pipeline.anchor import Anchor
+from pipeline.anchor import Anchor, build_anchor
 from pipeline.fit import Backward, Fit, Trace
 from pipeline.losses import Predictions, log_odds, predict, token_nll
 from pipeline.methods.method import Method
@@ -107,23 +109,13 @@ def ceilings(
     return {p: torch.logit(q / BEGINNINGS, eps=1e-12).float() for p, q in total.items()}
 
 
-def held_at(fit: Fit, passages: Sequence[Passage], known: Ceilings) -> dict[Passage, torch.Tensor]:
-    """Ceilings of what is out already: where the parent has each token, or its own ceiling if that is higher.
-
-    Pushed down to the ceiling again in every step it would sink below never-seen text. A passage that has risen above
-    the target is pushed like a new one.
-    """
-    device, found = device_of(fit), dict[Passage, torch.Tensor]()
-    with torch.inference_mode():
-        for batch in batches(passages, fit.max_tokens, fit.pad_id, device):
-            logits, true, scored = predict(fit.model, batch)
-            for row, index in enumerate(batch.rows):
-                at = scored[row]
-                odds = log_odds(logits[row][at], true[row][at]).cpu()
-                right = float((logits[row][at].argmax(-1) == true[row][at]).float().mean())
-                own = known[passages[index]]
-                found[passages[index]] = torch.maximum(own, odds) if right <= fit.target else own
-    return found
+def risen(fit: Fit, passages: Sequence[Passage]) -> tuple[list[Passage], list[Passage]]:
+    """Passages of earlier takedowns that the parent recites above the target, and the others."""
+    scores = score_passages(fit.model, passages, fit.pad_id, fit.max_tokens)
+    above = [exact_memorisation([score]) > fit.target for score in scores]
+    return [p for p, up in zip(passages, above, strict=True) if up], [
+        p for p, up in zip(passages, above, strict=True) if not up
+    ]
 
 
 def backward_excess(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: Trace) -> float:
@@ -138,35 +130,38 @@ def backward_excess(fit: Fit, passages: Sequence[Passage], known: Ceilings, trac
     return backward_sum(fit, passages, share_of, trace)
 
 
-def backward_held(fit: Fit, recited: Anchor, other: Anchor, random_: random.Random, trace: Trace) -> float:
-    """λ · KL(v0 ‖ θ) on some passages that v0 recites, some others, and some of texts that are put back.
+def backward_held(fit: Fit, recited: Anchor, other: Anchor, out: Anchor, random_: random.Random, trace: Trace) -> float:
+    """λ · KL(v0 ‖ θ) on some passages that v0 recites, some others, and, against the parent, some that are out already
+    and some of texts that are put back.
 
     Drawn apart, because unlearning one memorised text first loses others that are memorised, which ordinary text does
     not show.
     """
     settings = fit.settings
-    part = recited.sample(settings.recited_passages, random_).joined(other.sample(settings.anchor_passages, random_))
-    part = part.joined(fit.put_back.sample(settings.anchor_passages, random_))
+    part = recited.sample(settings.recited_passages, random_)
+    for pool in (other, out, fit.put_back):
+        part = part.joined(pool.sample(settings.anchor_passages, random_))
     return backward_kl(fit, part, trace)
 
 
 def prepare(fit: Fit) -> Backward:
-    """Mean excess of this step's tokens, and of some that earlier steps took out, + λ·KL(v0 ‖ θ)."""
+    """Mean excess of this step's tokens, and of earlier ones that have risen, + λ·KL to what is to stay as it is."""
     chosen(fit, EVERY)
     drawn = random.Random(f"{fit.seed} short context")
     settings = fit.settings
     # A draw bounds the cost of a long history; what rises among the others is seen by the evaluation and the gate.
     replayed = drawn.sample(fit.earlier, min(settings.replay_pool, len(fit.earlier)))
-    known = ceilings(fit, [*fit.forget, *replayed], context_length(fit, drawn), drawn)
-    known |= held_at(fit, replayed, known)
+    up, low = risen(fit, replayed)
+    known = ceilings(fit, [*fit.forget, *up], context_length(fit, drawn), drawn)
     recited, other = fit.anchor.split()
+    out = build_anchor(fit.model, low, settings.anchor_top_k, fit.pad_id, fit.max_tokens)
 
     def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
         loss = backward_excess(fit, passages, known, trace)
-        again = random_.sample(replayed, min(len(passages), len(replayed)))
+        again = random_.sample(up, min(len(passages), len(up)))
         if again:
             loss += backward_excess(fit, again, known, trace)
-        return loss + backward_held(fit, recited, other, random_, trace)
+        return loss + backward_held(fit, recited, other, out, random_, trace)
 
     return backward
 
