@@ -39,6 +39,7 @@ from pipeline.keys import log_vkey
 from pipeline.records import LedgerEntry, VersionManifest
 from pipeline.rekey import rekey_notes
 from pipeline.report import render
+from pipeline.runlog import log_file, read_events, stage_seconds
 from pipeline.states import (
     TAKEN_OUT,
     RequestState,
@@ -191,11 +192,12 @@ def show(
     tensor: Annotated[str | None, typer.Option("--tensor", help="Prove one tensor of a version (RFC 6962).")] = None,
     as_json: Json = False,
 ) -> None:
-    """One version (v3), or one request with the evidence of its answer.
+    """One version (v3), one request with the evidence of its answer, or one run with its log.
 
     With --tensor: that this tensor is in the version's root, checkable without the other tensors.
 
-    Example: takedown -w ws show v1; takedown -w ws show TD-1; takedown -w ws show v1 --tensor lm_head.weight
+    Example: takedown -w ws show v1; takedown -w ws show TD-1; takedown -w ws show run-0123456789ab; takedown -w ws
+    show v1 --tensor lm_head.weight
     """
     workspace = opened(context)
     entries = checked_entries(workspace)
@@ -220,6 +222,9 @@ def show(
             return
         show_request(states[name], events)
         show_overlaps([decision] if decision else [])
+        return
+    if of_run := [e for e in entries if e.event.run_id == name]:
+        show_run(workspace, name, of_run, as_json)
         return
     manifest = manifest_of(workspace, entries, name)
     entry = published_versions(entries)[manifest.version]
@@ -253,6 +258,23 @@ def show_request(state: RequestState, events: list[LedgerEntry]) -> None:
         say(f"  {e.at.strftime(TIME)}  {e.event.kind}{version}  by {plain(e.event.actor)}  (ledger entry {e.seq})")
         for key, value in e.event.data.items():
             say(f"    {key}: {plain(json.dumps(value), 200)}")
+
+
+def show_run(workspace: Workspace, run_id: str, entries: list[LedgerEntry], as_json: bool) -> None:
+    """A run: what the ledger says of it, where its log lies, how long its stages took."""
+    path = log_file(workspace, run_id)
+    seconds = stage_seconds(read_events(path)) if path else {}
+    if as_json:
+        show_json({"run": run_id, "entries": entries, "log": path, "seconds": seconds})
+        return
+    say(run_id)
+    for e in entries:
+        version = f"  v{e.event.version}" if e.event.version is not None else ""
+        request = f"  {e.event.request_id}" if e.event.request_id is not None else ""
+        say(f"  {e.at.strftime(TIME)}  {e.event.kind}{request}{version}  by {plain(e.event.actor)}  (entry {e.seq})")
+    if seconds:
+        say("  " + ", ".join(f"{stage} {took:.1f} s" for stage, took in seconds.items() if "/" not in stage))
+    say(f"  log: {path}" if path else "  log: none is kept")
 
 
 def show_version(

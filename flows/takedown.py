@@ -20,6 +20,7 @@ from pipeline import answers, approval, context, stages
 from pipeline.patience import LONGEST_WAIT_S, writing_in_turn
 from pipeline.records import Evaluation, Publication
 from pipeline.reinstate import plan_reinstatement as reinstate_plan
+from pipeline.runlog import watched
 from pipeline.runs import AWAITING, open_run, plan_run
 from pipeline.workspace import open_workspace, writing
 
@@ -164,16 +165,17 @@ def step(workspace: str, requests: list[str] | None, actor: str) -> Publication 
 
 def carry_out(workspace: str, run_id: str, actor: str, reason: str = "") -> Publication:
     """A planned run, or what is left of it: published, refused, answered, or held until somebody approves."""
-    reference(workspace, run_id)
-    if open_run(workspace, run_id).plan.left_out:
-        leave_out(workspace, run_id)
-    make_candidate(workspace, run_id)
-    if ask_for_approval(workspace, run_id, actor, reason):
-        publication = Publication(outcome=AWAITING, run_id=run_id)
-    else:
-        publication = publish(workspace, run_id, actor, reason)
-    leave_artifacts(workspace, run_id, publication)
-    return publication
+    with watched(open_workspace(Path(workspace)), run_id):
+        reference(workspace, run_id)
+        if open_run(workspace, run_id).plan.left_out:
+            leave_out(workspace, run_id)
+        make_candidate(workspace, run_id)
+        if ask_for_approval(workspace, run_id, actor, reason):
+            publication = Publication(outcome=AWAITING, run_id=run_id)
+        else:
+            publication = publish(workspace, run_id, actor, reason)
+        leave_artifacts(workspace, run_id, publication)
+        return publication
 
 
 @flow(name="reinstate", persist_result=False)

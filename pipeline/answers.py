@@ -29,6 +29,7 @@ from pipeline.records import (
     Step,
     Verdict,
 )
+from pipeline.runlog import report, timed
 from pipeline.runs import AWAITING, Run, clean, open_run
 from pipeline.states import decisions, published_versions
 from pipeline.vault import open_vault
@@ -49,7 +50,22 @@ def publish(workspace_root: str, run_id: str, actor: str, reason: str = "", refu
         refusal: Why the actor refuses what the gate accepted; empty where nobody does.
     """
     run = open_run(workspace_root, run_id)
-    workspace, store = run.workspace, VersionStore(run.workspace.versions)
+    with timed(run.workspace, run_id, "publish"):
+        publication = _published(run, actor, reason, refusal)
+    store = VersionStore(run.workspace.versions)
+    root = store.manifest(publication.version).root if publication.version is not None else None
+    gate = run.finished("gate", Verdict) if (run.folder / "gate.json").is_file() else None
+    reasons = ["refused by a person"] if refusal else list(gate.reasons) if gate else []
+    report(
+        run.workspace, run_id, "run-ended", actor=actor, outcome=publication.outcome, version=publication.version,
+        root=root, reasons=reasons,
+    )  # fmt: skip
+    return publication
+
+
+def _published(run: Run, actor: str, reason: str, refusal: str) -> Publication:
+    """See `publish`."""
+    workspace, run_id, store = run.workspace, run.run_id, VersionStore(run.workspace.versions)
     with Ledger.open(workspace.ledger) as ledger:  # renews the checkpoint beside it, where that was interrupted
         entries = ledger.entries()
     if run_id not in decisions(entries):  # a run that was resumed after its answer answers once, and publishes once

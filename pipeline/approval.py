@@ -15,6 +15,7 @@ from pipeline.errors import StoreDamaged, UsageError
 from pipeline.evidence import checks_root
 from pipeline.ledger import Ledger
 from pipeline.records import Evaluation, Event, LedgerEntry, MergeReport, Record, Verdict
+from pipeline.runlog import report
 from pipeline.runs import AWAITING, DAMAGED_RUN, Run, open_run, outdated, undecided
 from pipeline.states import decisions
 from pipeline.workspace import Workspace, open_workspace
@@ -74,6 +75,7 @@ def hold(workspace_root: str, run_id: str, actor: str, reason: str = "") -> bool
         if not event_of(entries, run_id, AWAITING):
             data = {**_candidate(run), **({"reason": reason} if reason else {})}
             ledger.append(Event(kind=AWAITING, actor=actor, run_id=run_id, version=run.plan.parent, data=data))
+            report(run.workspace, run_id, AWAITING, actor=actor)
     return True
 
 

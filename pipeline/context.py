@@ -35,6 +35,7 @@ from pipeline.records import (
     TextScore,
 )
 from pipeline.references import MEASURED, read_texts
+from pipeline.runlog import timed
 from pipeline.runs import Run, open_run
 from pipeline.settings import Settings
 from pipeline.states import (
@@ -201,6 +202,13 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     folder = workspace.reference / "measured" / key
     if (folder / "reference.json").is_file():
         return _noted(run, Reference.model_validate(read_json(folder / "reference.json")))
+    with timed(workspace, run_id, "reference"):
+        return _measured(run, folder, texts)
+
+
+def _measured(run: Run, folder: Path, texts: Mapping[str, Mapping[str, str]]) -> Reference:
+    """Measure v0 into a folder; see `reference`."""
+    workspace, settings = run.workspace, run.settings
     folder.mkdir(parents=True, exist_ok=True)
     source = model_folder(run, 0)
     model, tokenizer = shared_model(source, settings.runtime.device), load_tokenizer(source)

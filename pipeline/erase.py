@@ -31,6 +31,7 @@ from pipeline.errors import Refused, UsageError
 from pipeline.files import explained_space, fsync_folder, read_whole, remove
 from pipeline.ledger import Ledger
 from pipeline.records import Event, LedgerEntry
+from pipeline.runlog import remove_run
 from pipeline.runs import Plan
 from pipeline.states import (
     TO_DO,
@@ -129,7 +130,7 @@ def _forget(workspace: Workspace, request_id: str) -> None:
         for run in sorted(workspace.runs.glob("*")):
             # A folder without a plan is what a killed comparison of texts left (`pipeline.reinstate`).
             if request_id in _worked_on(run) or not (run / "plan.json").is_file():
-                shutil.rmtree(run)
+                remove_run(workspace, run)
         _discard(workspace.report_page)
         _discard(workspace.register)
         if (workspace.reference / "measured").is_dir():

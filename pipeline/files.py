@@ -186,6 +186,19 @@ def remove(path: Path) -> None:
         os.unlink(path)  # noqa: PTH108 (crash tests stop at each call of os)
 
 
+def append_line(path: Path, data: bytes) -> None:
+    """Add to a file in one call, so that lines of several processes do not mix; no power cut is thought of: for logs.
+
+    Raises:
+        OSError: It cannot be written, or is no regular file of ours.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
 def link_or_not(source: Path, target: Path) -> bool:
     """Hard-link a file; False where the file system cannot."""
     try:

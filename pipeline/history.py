@@ -41,6 +41,7 @@ from pipeline.report_views import (
     VersionStatus,
     VersionView,
 )
+from pipeline.runlog import log_file
 from pipeline.runs import Plan
 from pipeline.states import (
     RequestState,
@@ -110,6 +111,7 @@ def step_view(workspace: Workspace, run_id: str, entries: Sequence[LedgerEntry])
         evaluation=needed("evaluate", Evaluation) if trained else None,
         verdict=_decided(entry, needed("gate", Verdict)) if trained else None,
         limits=plan.settings.gate,
+        log=str(log.relative_to(workspace.root)) if (log := log_file(workspace, run_id)) else None,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.errors import WorkspaceBusy
 from pipeline.progress import tell
+from pipeline.runlog import report
 from pipeline.workspace import Workspace, writing
 
 POLL_S = 0.5
@@ -48,7 +49,8 @@ def writing_in_turn(workspace: Workspace, wait_s: float, urgent: bool = False) -
 
 
 def _wait(workspace: Workspace, wait_s: float, urgent: bool, held: ExitStack) -> None:
-    until, told = time.monotonic() + wait_s, ""
+    begun, told = time.monotonic(), ""
+    until = begun + wait_s
     while True:
         try:
             if not urgent and _somebody_first(workspace):
@@ -56,13 +58,17 @@ def _wait(workspace: Workspace, wait_s: float, urgent: bool, held: ExitStack) ->
                     f"{workspace.root}: an urgent run goes first. Nothing was changed; try again when it is done."
                 )
             held.enter_context(writing(workspace))
+            if told:
+                report(workspace, None, "lock-waited", seconds=round(time.monotonic() - begun, 3), urgent=urgent)
             return
         except WorkspaceBusy as busy:
             if time.monotonic() >= until:
                 raise
             if str(busy) != told:
                 told = str(busy)
-                tell(STAGE, 0, 0, told.partition(" Nothing was changed")[0])
+                reason = told.partition(" Nothing was changed")[0]
+                tell(STAGE, 0, 0, reason)
+                report(workspace, None, "lock-busy", reason=reason, urgent=urgent)
         time.sleep(POLL_S)
 
 

@@ -185,6 +185,7 @@ class StepView(Record):
         evaluation: What was measured; None where there was no candidate.
         verdict: The gate's decision; None likewise.
         limits: Limits that the gate applied.
+        log: Where its log lies, from the workspace on; None where there is none.
     """
 
     run_id: str
@@ -200,6 +201,7 @@ class StepView(Record):
     evaluation: Evaluation | None
     verdict: Verdict | None
     limits: GateSettings
+    log: str | None = None
 
 
 class LostStep(Record):

@@ -6,6 +6,7 @@ outcome, so that the same work after a crash is the same run. Never imports torc
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pipeline.files import canonical_json, digest_file, digest_json, explained_s
 from pipeline.ledger import Ledger
 from pipeline.records import Event, LedgerEntry, Record
 from pipeline.references import KINDS
+from pipeline.runlog import remove_run, report, timed
 from pipeline.settings import Settings
 from pipeline.states import RELEASED, decisions, in_force, published_versions, request_states, stays_out
 from pipeline.vault import open_vault
@@ -94,9 +96,17 @@ class Run:
         """
         key = digest_json([self.run_id, name, [i.model_dump(mode="json") for i in inputs]])
         saved = self._saved(name)
+        # One of many requests is a detail of the stage that it is part of.
+        level = logging.DEBUG if "/" in name else logging.INFO
         if saved is not None and saved.get("key") == key:
+            report(self.workspace, self.run_id, "stage-kept", logging.DEBUG, stage=name)
             return _parse(self.folder / f"{name}.json", record, saved)
-        result = discreet(open_vault(self.workspace), name, compute)
+
+        def logged() -> R:  # inside, where an exception still has its own type
+            with timed(self.workspace, self.run_id, name, level):
+                return compute()
+
+        result = discreet(open_vault(self.workspace), name, logged)
         write_json(self.folder / f"{name}.json", {"key": key, "record": result.model_dump(mode="json")})
         return result
 
@@ -201,11 +211,16 @@ def begin(
         kept = {folder, *(workspace.runs / other.run_id for other in undecided(workspace, entries))}
         for other in workspace.runs.iterdir():
             if other not in kept:  # decided, its records are evidence in the store; or abandoned for other settings
-                shutil.rmtree(other)
+                remove_run(workspace, other)
+        resumed = folder.is_dir()
         folder.mkdir(exist_ok=True)
         write_json(folder / "plan.json", plan.model_dump(mode="json"))
     if not any(e.event.kind == "planned" and e.event.run_id == plan.run_id for e in entries):
         ledger.append(_planned(plan, actor))
+    report(
+        workspace, plan.run_id, "run-resumed" if resumed else "run-begun", actor=actor, parent=plan.parent,
+        requests=list(plan.requests), reinstates=list(plan.reinstates),
+    )  # fmt: skip
     return plan
 
 

@@ -286,6 +286,16 @@ class ServeSettings(Section):
         return name
 
 
+class LoggingSettings(Section):
+    """The log of runs: JSON lines with ids, never texts; see `pipeline.runlog`."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """``debug`` also has each request that is screened, and stages that were finished before."""
+    destination: str = Field("run", min_length=1)
+    """``run``: kept with the run, in ``runs/<id>/log.jsonl``, later in ``reports/logs/``; ``stderr``; or a file, from
+    the workspace on or absolute, that everything is added to. Times of earlier runs are known from ``run`` alone."""
+
+
 class Settings(Section):
     """The whole tree."""
 
@@ -304,6 +314,7 @@ class Settings(Section):
     vault: VaultSettings = Field(VaultSettings(), exclude=True)
     runtime: RuntimeSettings = RuntimeSettings()
     serve: ServeSettings = Field(ServeSettings(), exclude=True)
+    logging: LoggingSettings = Field(LoggingSettings(), exclude=True)
     """Decides no outcome, so it is not part of a run's identity."""
 
 

@@ -63,6 +63,7 @@ from pipeline.records import (
     Verdict,
 )
 from pipeline.references import boilerplate, read_texts
+from pipeline.runlog import report, timed
 from pipeline.runs import DAMAGED_RUN, Run, open_run
 from pipeline.safefile import model_root, read_header
 from pipeline.sparse import Mask, Vector, load_mask, load_vector, norm, save_mask, save_vector
@@ -176,9 +177,10 @@ def screen_some(workspace_root: str, run_id: str, requests: Sequence[str]) -> li
         )
 
     found = []
-    for name in requests:
-        found.append(run.stage(f"screened/{name}", ScreenedRequest, (deduped,), partial(compute, name)))
-        count.add()
+    with timed(run.workspace, run_id, "screening", requests=len(requests)):
+        for name in requests:
+            found.append(run.stage(f"screened/{name}", ScreenedRequest, (deduped,), partial(compute, name)))
+            count.add()
     return found
 
 
@@ -392,4 +394,6 @@ def gate(workspace_root: str, run_id: str) -> Verdict:
     evaluation = run.finished("evaluate", Evaluation)
     original = {**reference(workspace_root, run_id).scores, **scores_before(run)}
     gone = erased_texts(run)
-    return run.stage("gate", Verdict, (evaluation,), lambda: decide(evaluation, original, run.settings.gate, gone))
+    found = run.stage("gate", Verdict, (evaluation,), lambda: decide(evaluation, original, run.settings.gate, gone))
+    report(run.workspace, run_id, "verdict", accepted=found.accepted, reasons=list(found.reasons))
+    return found

@@ -6,7 +6,6 @@ stays restorable touched before its new form was made again and compared, a ledg
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from pipeline.ledger import Ledger
 from pipeline.objects import StoredDelta
 from pipeline.progress import Counter
 from pipeline.records import Event, LedgerEntry, Record, VersionManifest
+from pipeline.runlog import remove_run
 from pipeline.runs import undecided
 from pipeline.states import (
     ancestry,
@@ -187,7 +187,7 @@ def purge(workspace: Workspace, before: int, actor: str, reason: str) -> Purged:
         destroyed = [path for path in store.objects.files() if path not in stay]
         nbytes = stored_bytes(destroyed)
         for run in workspace.runs.glob("*"):  # unfinished runs keep copies of weights; what they need they make again
-            shutil.rmtree(run)
+            remove_run(workspace, run)
         store.objects.drop(destroyed)
         ledger.append(Event(kind="purged", actor=actor, data={**data, "files": len(destroyed), "bytes": nbytes}))
     return Purged(versions=gone, files=len(destroyed), nbytes=nbytes)

@@ -23,6 +23,7 @@ from pipeline.discreet import discreet, quotes
 from pipeline.errors import UsageError, Withheld
 from pipeline.ledger import Ledger
 from pipeline.records import Verdict
+from pipeline.runlog import log_file, read_events
 from pipeline.runs import Run, open_run
 from pipeline.states import request_states
 from pipeline.vault import Vault
@@ -168,6 +169,12 @@ def test_canary_stays_in_the_vault_whatever_stage_fails(
         run, tasks = latest_run(failing)
         assert run.state_name == "Failed"
         assert tasks[-1] == (failing, "Failed")
+        # The log of the run is below the workspace's folder, and so among what is searched.
+        log = log_file(fresh, str(entries_of(fresh)[-1].event.run_id))
+        assert log is not None
+        stopped = [e for e in read_events(log) if e["event"] == "stage-failed"][-1]
+        assert (stopped["stage"], stopped["type"]) == (failing, "RuntimeError")
+        assert str(stopped["where"]).startswith("test_canary.py:")
         assert looked_for() == [], failing
     # The search does reach what Prefect stores: the harmless message is found.
     assert workspaces.leaks([f"{STAGE_NAMES[0]} broke"], fresh.root, *stored_by_prefect(prefect))
