@@ -42,6 +42,11 @@ def plain(text: str, limit: int = 80) -> str:
     return shown
 
 
+def size_words(nbytes: int) -> str:
+    """A size for people, rounded: ``1.5 GB``, ``340 MB``."""
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.0f} MB"
+
+
 def cell(text: str, limit: int = 80) -> Text:
     """`plain` as a rich text: ``[red]`` and ``:smile:`` come out as they are written."""
     return Text(plain(text, limit))

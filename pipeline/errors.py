@@ -94,5 +94,9 @@ class WorkspaceBusy(Interrupted):
     """Another process is writing to this workspace."""
 
 
+class NotEnough(Interrupted):
+    """Memory or disk cannot suffice for what is asked for; it was not begun."""
+
+
 class NoSpace(Interrupted):
     """The disk is full or read-only."""

@@ -20,6 +20,7 @@ from pipeline.discreet import discreet
 from pipeline.errors import StoreDamaged, UsageError
 from pipeline.files import canonical_json, digest_file, digest_json, explained_space, read_json, write_json
 from pipeline.ledger import Ledger
+from pipeline.preflight import require_step
 from pipeline.records import Event, LedgerEntry, Record
 from pipeline.references import KINDS
 from pipeline.runlog import remove_run, report, timed
@@ -188,6 +189,7 @@ def begin(
     """Make the folder of a run and put its plan on record; the same work that was begun before goes on.
 
     Raises:
+        NotEnough: Memory or disk cannot suffice; nothing was changed.
         NoSpace: The disk is full or read-only.
     """
     entries = ledger.entries()
@@ -206,9 +208,11 @@ def begin(
         code=pipeline.__version__,
     )
     folder = workspace.runs / plan.run_id
+    kept = {folder, *(workspace.runs / other.run_id for other in undecided(workspace, entries))}
+    there = [f for f in workspace.runs.glob("*") if f == folder or f not in kept]
+    require_step(workspace, entries, parent, 1 + bool(left_out), sum(map(_own_bytes, there)))
     with explained_space(folder):
         workspace.runs.mkdir(exist_ok=True)  # an empty folder does not survive every copy of a workspace
-        kept = {folder, *(workspace.runs / other.run_id for other in undecided(workspace, entries))}
         for other in workspace.runs.iterdir():
             if other not in kept:  # decided, its records are evidence in the store; or abandoned for other settings
                 remove_run(workspace, other)
@@ -222,6 +226,12 @@ def begin(
         requests=list(plan.requests), reinstates=list(plan.reinstates),
     )  # fmt: skip
     return plan
+
+
+def _own_bytes(folder: Path) -> int:
+    """Bytes of a folder that are nowhere else: contents of the store are linked into it."""
+    found = (path.lstat() for path in folder.rglob("*") if path.is_file())
+    return sum(status.st_size for status in found if status.st_nlink == 1)
 
 
 def undecided(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[Plan]:

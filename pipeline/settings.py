@@ -243,6 +243,9 @@ class RuntimeSettings(Section):
     """What runs the pieces of stages that map over requests, and `takedown find-copies`, which takes processes instead
     of threads; ``dask`` and ``ray`` need the extra of that name. Changes no byte of a result, so it is not part of a
     run's identity; nor is the number below."""
+    preflight: Literal["refuse", "warn"] = Field("refuse", exclude=True)
+    """A run that memory or disk are estimated not to suffice for: ``refuse`` it before anything is changed, or ``warn``
+    in its log and go on. Changes no result, like the two above and below."""
     workers: int = Field(2, ge=1, le=1024, exclude=True)
     """Pieces that are worked on at the same time; each Dask or Ray worker loads the model for itself."""
 

@@ -46,6 +46,7 @@ from pipeline.models import (
     shared_model,
 )
 from pipeline.passages import Passage, encode, pad_id, passages_of
+from pipeline.preflight import require_stage
 from pipeline.progress import Counter, tell
 from pipeline.records import (
     Calibration,
@@ -151,8 +152,18 @@ def screen(workspace_root: str, run_id: str) -> ScreenReport:
 
 
 def prepare_screen(workspace_root: str, run_id: str) -> None:
-    """Make what the step starts from a model folder, before several processes want it at once."""
-    start_folder(open_run(workspace_root, run_id))
+    """Make what the step starts from a model folder, before several processes want it at once.
+
+    Raises:
+        NotEnough: Memory cannot suffice for the stages that follow.
+    """
+    _require(open_run(workspace_root, run_id), "screen")
+
+
+def _require(run: Run, stage: str, selected: int | None = None) -> None:
+    """Refuse a long stage that memory or disk cannot suffice for, see `pipeline.preflight`."""
+    loaded = shared_model.cache_info().currsize > 0
+    require_stage(run.workspace, run.run_id, start_folder(run), run.settings, stage, selected, loaded)
 
 
 def screen_some(workspace_root: str, run_id: str, requests: Sequence[str]) -> list[ScreenedRequest]:
@@ -205,6 +216,7 @@ def saliency(workspace_root: str, run_id: str) -> MaskReport:
     screened = run.finished("screen", ScreenReport)
 
     def compute() -> MaskReport:
+        _require(run, "saliency")
         model, tokenizer = start_model(run)
         forget = flatten(passages_at(tokenizer, open_vault(run.workspace), trained_spans(run)))
         chosen = select_weights(model, forget, run.settings, pad_id(tokenizer))
@@ -275,6 +287,7 @@ def unlearn(workspace_root: str, run_id: str) -> Step:
     masked = run.finished("saliency", MaskReport)
 
     def compute() -> Step:
+        _require(run, "unlearn", masked.selected)
         bench = _workbench(run, "unlearn", run.settings.unlearn.iterations)
         return _kept(run, bench.fitted(), bench.target, "vector")
 
@@ -290,6 +303,7 @@ def repair_stage(workspace_root: str, run_id: str) -> Step:
     fitted = run.finished("unlearn", Step)
 
     def compute() -> Step:
+        _require(run, "repair", run.finished("saliency", MaskReport).selected)
         bench = _workbench(run, "repair", run.settings.unlearn.repair_iterations)
         if not bench.has_repair:
             return fitted
@@ -312,6 +326,7 @@ def merge_stage(workspace_root: str, run_id: str) -> MergeReport:
     step, masked = run.finished("repair", Step), run.finished("saliency", MaskReport)
 
     def compute() -> MergeReport:
+        _require(run, "merge", masked.selected)
         model, _ = start_model(run)
         mask = load_mask(run.folder, masked.mask)
         stored = {t.name: t for path in start.glob("*.safetensors") for t in read_header(path).tensors}
@@ -342,6 +357,7 @@ def evaluate(workspace_root: str, run_id: str) -> Evaluation:
 
     def compute() -> Evaluation:
         settings, workspace = run.settings, run.workspace
+        _require(run, "evaluate")
         parent, tokenizer = parent_model(run)
         vault, found = open_vault(workspace), reference(workspace_root, run_id)
         deduped = run.finished("dedupe", DedupeReport)

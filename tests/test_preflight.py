@@ -1,0 +1,253 @@
+"""Preflight: what a machine has left, what a step needs, and a run that is refused before anything is changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from histories import array_model, entries_of, prepare_step, start_history
+from workspaces import draw_text, take_in
+
+from pipeline import preflight
+from pipeline.errors import NotEnough
+from pipeline.estimate import Shape, model_size, salient_share, step_need
+from pipeline.files import append_line
+from pipeline.preflight import estimate, require_stage
+from pipeline.resources import Room, free_disk, free_memory, lock_holder
+from pipeline.runlog import archive, read_events
+from pipeline.runs import plan_run
+from pipeline.settings import Settings
+from pipeline.workspace import Workspace, writing
+
+ROOT = Path(__file__).resolve().parent.parent
+GB = 10**9
+PLENTY = Room(1000 * GB, "plenty")
+
+
+@pytest.fixture
+def ws(tmp_path: Path) -> Workspace:
+    workspace = start_history(tmp_path / "ws", array_model(tmp_path / "model"))
+    workspace.settings_file.write_text('[runtime]\ndevice = "cpu"\n')
+    return workspace
+
+
+# --- what there is ----------------------------------------------------------------------------------------
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+MEMINFO = {"meminfo": "MemTotal: 9000000 kB\nMemAvailable:    2000 kB\n"}
+
+
+def test_memory_of_the_machine(tmp_path: Path) -> None:
+    write(tmp_path, MEMINFO)
+    assert free_memory(tmp_path, tmp_path / "none") == Room(2000 * 1024, "/proc/meminfo")
+    assert free_memory(tmp_path / "none", tmp_path / "none") == Room(None, "unknown")
+    (tmp_path / "meminfo").write_text("something else\n")
+    assert free_memory(tmp_path, tmp_path / "none").nbytes is None
+
+
+def test_a_limit_of_cgroup_v2_counts_also_from_above(tmp_path: Path) -> None:
+    write(tmp_path / "proc", {**MEMINFO, "self/cgroup": "0::/outer/inner\n"})
+    write(tmp_path / "fs", {
+        "outer/memory.max": "1000000\n", "outer/memory.current": "700000\n",
+        "outer/memory.stat": "anon 1\ninactive_file 50000\n",
+        "outer/inner/memory.max": "max\n", "outer/inner/memory.current": "600000\n",
+    })  # fmt: skip
+    assert free_memory(tmp_path / "proc", tmp_path / "fs") == Room(350_000, str(tmp_path / "fs/outer/memory.max"))
+    (tmp_path / "fs/outer/inner/memory.max").write_text("610000\n")
+    assert free_memory(tmp_path / "proc", tmp_path / "fs").nbytes == 10_000
+    (tmp_path / "fs/outer/inner/memory.current").write_text("620000\n")
+    assert free_memory(tmp_path / "proc", tmp_path / "fs").nbytes == 0, "over its limit for a moment"
+
+
+def test_a_limit_of_cgroup_v1(tmp_path: Path) -> None:
+    write(tmp_path / "proc", {**MEMINFO, "self/cgroup": "11:cpu,cpuacct:/x\n4:memory:/docker/abc\n0::/\n"})
+    # In a container the path is the host's, and the group itself is mounted as the root.
+    write(tmp_path / "fs/memory", {
+        "memory.limit_in_bytes": "900000", "memory.usage_in_bytes": "800000",
+        "memory.stat": "cache 7\ntotal_inactive_file 1000\n",
+    })  # fmt: skip
+    found = free_memory(tmp_path / "proc", tmp_path / "fs")
+    assert found == Room(101_000, str(tmp_path / "fs/memory/memory.limit_in_bytes"))
+    (tmp_path / "fs/memory/memory.limit_in_bytes").write_text("9223372036854771712")
+    assert free_memory(tmp_path / "proc", tmp_path / "fs").source == "/proc/meminfo", "no limit"
+
+
+def test_disk_of_a_folder_that_is_still_to_be_made(tmp_path: Path) -> None:
+    found = free_disk(tmp_path / "not" / "there")
+    assert found.source == str(tmp_path) and found.nbytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
+
+
+def test_who_holds_a_lock_is_seen_without_taking_it(ws: Workspace, tmp_path: Path) -> None:
+    path = ws.root / ".lock"
+    assert lock_holder(path) is False
+    with writing(ws):
+        assert lock_holder(path) is True
+    assert lock_holder(tmp_path / "none") is False
+    assert lock_holder(path, tmp_path) is None, "no /proc/locks"
+
+
+# --- what is needed ---------------------------------------------------------------------------------------
+
+LLAMA = [
+    Shape("model.embed_tokens.weight", "BF16", (1000, 64)),
+    Shape("model.layers.0.self_attn.q_proj.weight", "BF16", (64, 64)),
+    Shape("model.layers.0.mlp.up_proj.weight", "BF16", (256, 64)),
+    Shape("model.layers.0.input_layernorm.weight", "BF16", (64,)),
+    Shape("model.layers.1.self_attn.q_proj.weight", "BF16", (64, 64)),
+    Shape("lm_head.weight", "BF16", (1000, 64)),
+]
+
+
+def test_sizes_come_from_shapes() -> None:
+    size = model_size(LLAMA)
+    assert size.nbytes == 2 * (2 * 64_000 + 2 * 4096 + 16_384 + 64)
+    assert (size.targets, size.largest, size.width) == (2 * 4096 + 16_384, 16_384, 2)
+    assert size.sides == 128 + 320 + 128
+    assert size.block_activations == pytest.approx(1.7 * 448 + 4 * 256)
+    assert size.activations == pytest.approx(1.7 * 576 + 4 * (256 + 64))
+    gated = Shape("model.layers.0.mlp.gate_proj.weight", "BF16", (256, 64))
+    down = Shape("model.layers.0.mlp.down_proj.weight", "BF16", (64, 256))
+    assert model_size([*LLAMA, gated, down]).block_activations == pytest.approx(1.7 * (448 + 640))
+    assert (size.vocabulary, size.widest) == (1000, 128_000)
+
+
+def test_the_share_of_salient_weights() -> None:
+    def share(**unlearn: object) -> float:
+        return salient_share(Settings.model_validate({"unlearn": unlearn}))
+
+    assert share() == pytest.approx(0.162, abs=0.001)  # P(|x| ≥ mean + std) of a normal x
+    assert share(saliency_k=-5.0) == share(masked=False) == 1.0
+    assert share(saliency_fraction=0.25) == 0.25
+    assert share(saliency_k=2.0) < share(saliency_k=1.0)
+
+
+def need(stage: str, **sections: dict[str, object]) -> int:
+    found = step_need(model_size(LLAMA), Settings.model_validate(sections))
+    return next(s.memory_bytes for s in found.stages if s.stage == stage)
+
+
+def test_what_makes_a_stage_need_more() -> None:
+    assert need("unlearn", runtime={"batch_tokens": 8192}) > need("unlearn")
+    assert need("screen", runtime={"workers": 4}) > need("screen")
+    assert need("unlearn", unlearn={"masked": False}) > need("unlearn", unlearn={"masked": True})
+    assert need("repair", unlearn={"anchor_top_k": 512}) > need("repair")
+    plain = step_need(model_size(LLAMA), Settings())
+    shared = step_need(model_size(LLAMA), Settings(), processes=2)
+    more = {a.stage for a, b in zip(plain.stages, shared.stages, strict=True) if b.memory_bytes > a.memory_bytes}
+    assert more == {"screen"}, "worker processes have a model of their own"
+    assert (
+        step_need(model_size(LLAMA), Settings(), restores=2).disk_bytes - plain.disk_bytes == model_size(LLAMA).nbytes
+    )
+    assert plain.peak.memory_bytes == max(s.memory_bytes for s in plain.stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["llama full", "gpt2 lora"])
+def test_the_estimate_is_on_the_safe_side_by_little(case: str) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.memory", "--case", case, "small"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+    assert found.keys() == {"reference", "saliency", "unlearn", "repair"}
+    for stage, (estimated, measured) in found.items():
+        assert 0.95 <= estimated / measured <= 1.8, (stage, estimated, measured)
+
+
+# --- refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("memory", "disk", "told"),
+    [
+        (
+            Room(10**6, "/sys/fs/cgroup/memory.max"),
+            PLENTY,
+            r"memory \(/sys/fs/cgroup/memory.max\): \w+ needs about \d+",
+        ),
+        (PLENTY, Room(10**6, "/disk"), r"/disk: a run and its version need up to \d+ MB, 1 MB are free"),
+    ],
+)
+def test_a_run_that_cannot_suffice_is_refused_and_nothing_is_changed(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch, memory: Room, disk: Room, told: str
+) -> None:
+    take_in(ws, "batch", {"A": draw_text("A", 30)})
+    monkeypatch.setattr(preflight, "free_memory", lambda: memory)
+    monkeypatch.setattr(preflight, "free_disk", lambda folder: disk)
+    before = entries_of(ws)
+    with writing(ws), pytest.raises(NotEnough, match=told) as caught:
+        plan_run(ws)
+    assert "Nothing was begun or changed; the requests keep waiting." in str(caught.value)
+    assert caught.value.exit_code == 3
+    assert entries_of(ws) == before and list(ws.runs.iterdir()) == []
+    (event,) = read_events(archive(ws) / "workspace.jsonl")
+    assert event["event"] == "too-little" and event["refused"] is True
+    # With room, or with the setting, it is begun.
+    ws.settings_file.write_text('[runtime]\ndevice = "cpu"\npreflight = "warn"\n')
+    with writing(ws):
+        assert plan_run(ws) is not None
+    assert read_events(archive(ws) / "workspace.jsonl")[-1]["refused"] is False
+
+
+def test_what_nobody_can_say_stops_nothing(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "free_memory", lambda: Room(None, "unknown"))
+    monkeypatch.setattr(preflight, "free_disk", lambda folder: Room(None, "unknown"))
+    assert prepare_step(ws, ["A"])
+    assert estimate(ws, entries_of(ws)).memory_bytes is None
+
+
+def test_a_run_that_goes_on_needs_no_room_for_what_it_has(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = prepare_step(ws, ["A"])
+    (ws.runs / run_id / "kept.bin").write_bytes(bytes(10_000_000))
+    monkeypatch.setattr(preflight, "free_memory", lambda: PLENTY)
+    needed = estimate(ws, entries_of(ws)).need.disk_bytes
+    monkeypatch.setattr(preflight, "free_disk", lambda folder: Room(needed - 9_000_000, "/disk"))
+    assert prepare_step(ws, ["A"], submit=False) == run_id
+
+
+def test_a_stage_is_refused_by_what_is_known_by_then(
+    ws: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, settings = array_model(tmp_path / "large", shape=(1000, 2000)), ws.settings()
+
+    def left(nbytes: int, stage: str, selected: int | None, loaded: bool = True) -> None:
+        monkeypatch.setattr(preflight, "free_memory", lambda: Room(nbytes, "left"))
+        require_stage(ws, "run-1", folder, settings, stage, selected, loaded)
+
+    few, all_ = (
+        {s.stage: s.memory_bytes for s in step_need(SIZE, settings, selected).stages}["repair"] - SIZE.nbytes
+        for selected in (1000, 6_000_000)
+    )
+    assert few < all_
+    left(few, "repair", 1000)
+    with pytest.raises(NotEnough, match=r"What is finished is kept; the same command goes on\."):
+        left(few, "repair", 6_000_000)
+    with pytest.raises(NotEnough):
+        left(few, "repair", 1000, loaded=False)
+
+
+SIZE = model_size(Shape(f"layer.{i}.weight", "F32", (1000, 2000)) for i in range(3))
+
+
+def test_merging_needs_room_on_disk(ws: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = array_model(tmp_path / "large", shape=(1000, 2000))
+    monkeypatch.setattr(preflight, "free_memory", lambda: PLENTY)
+    monkeypatch.setattr(preflight, "free_disk", lambda folder: Room(2 * SIZE.nbytes - 1, "/disk"))
+    with pytest.raises(NotEnough, match="/disk: a run and its version need up to 48 MB"):
+        require_stage(ws, "run-1", folder, ws.settings(), "merge", 1, True)
+    require_stage(ws, "run-1", folder, ws.settings(), "repair", 1, True)
+
+
+def test_time_is_what_recorded_runs_took(ws: Workspace) -> None:
+    assert (estimate(ws, entries_of(ws)).seconds, estimate(ws, entries_of(ws)).runs) == ({}, 0)
+    archive(ws).mkdir()
+    line = {"event": "stage-ended", "stage": "unlearn", "seconds": 12.5}
+    append_line(archive(ws) / "run-1.jsonl", json.dumps(line).encode() + b"\n")
+    assert (estimate(ws, entries_of(ws)).seconds, estimate(ws, entries_of(ws)).runs) == ({"unlearn": 12.5}, 1)
