@@ -16,6 +16,7 @@ from rich.text import Text
 import pipeline
 from flows.approving import approving, show_waiting
 from flows.benchmarking import benchmarking
+from flows.doctoring import doctoring
 from flows.keeping import keeping
 from flows.overlaps import show_overlaps
 from flows.progress import bars
@@ -84,6 +85,7 @@ def choose(
 
 
 app.add_typer(reading)
+app.add_typer(doctoring)
 app.add_typer(scanning)
 app.add_typer(keeping)
 app.add_typer(serving)

@@ -152,6 +152,16 @@ def writing(workspace: Workspace) -> Iterator[None]:
         os.close(fd)
 
 
+def lock_note(workspace: Workspace) -> tuple[str, datetime | None]:
+    """Who noted that it has the write lock, in words, and since when. Nobody need hold it any more."""
+    try:
+        noted = (workspace.root / ".lock").read_bytes()
+        since = datetime.fromisoformat(json.loads(noted)["since"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "another process", None
+    return _holder(noted), since if since.tzinfo else since.replace(tzinfo=UTC)
+
+
 def _holder(noted: bytes) -> str:
     """What the holder of the lock noted in it, in words; it may not have come to that yet."""
     try:
