@@ -83,7 +83,9 @@ def show_estimate(needed: Estimate) -> None:
     known = needed.seconds
     rows = [(s.stage, size_words(s.memory_bytes), f"{known[s.stage]:,.0f} s" if s.stage in known else "unknown")
             for s in needed.need.stages]  # fmt: skip
-    learned = f"median of {needed.runs} recorded runs" if needed.runs else "no run is recorded"
+    learned = "no run is recorded"
+    if needed.runs:
+        learned = f"time: median of {needed.runs} recorded runs, {sum(known.values()):,.0f} s with all stages"
     title = (
         f"Estimate for a step from v{needed.version}, beside {size_words(PROGRAM_BYTES)} for the program ({learned})"
     )

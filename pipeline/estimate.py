@@ -37,6 +37,8 @@ WRITTEN_OUT = 4.0
 written out in single operations, as GPT-2's; in a gated block, with three, it is one operation."""
 CE, KL, SCORED = 5.0, 10.0, 3.0
 """Float32 copies of a batch's logits: cross-entropy and its gradient; the bucketed KL and its; scoring without one."""
+HALF = 1.5
+"""More copies where the model computes in 16 bits: its own logits and their gradient, and the float32 copy of them."""
 SPARE_SHARE, SPARE_BYTES = 0.05, 32 << 20
 """On top: what allocators hold back, and what is too small to count."""
 
@@ -166,12 +168,13 @@ def step_need(
         model: What it starts from.
         settings: The resolved settings.
         selected: Entries of the mask, where it is known.
-        restores: Model folders that are made beside the candidate: the parent, a reinstatement's start.
+        restores: Model folders that are written beside the candidate: a parent that is not kept whole, and so cannot be
+            linked; a reinstatement's start.
         processes: Worker processes on this machine that screen, each with libraries and a model of its own.
     """
     salient = selected if selected is not None else round(model.targets * salient_share(settings))
     memory = {stage: _with_spare(model.nbytes + more) for stage, more in _terms(model, settings, salient).items()}
-    memory["screen"] += processes * (PROGRAM_BYTES + memory["screen"])
+    memory["screening"] += processes * (PROGRAM_BYTES + memory["screening"])
     return StepNeed(
         stages=tuple(StageNeed(stage=stage, memory_bytes=nbytes) for stage, nbytes in memory.items()),
         disk_bytes=_disk(model, settings, salient, restores),
@@ -196,7 +199,7 @@ def _terms(model: ModelSize, settings: Settings, salient: int) -> dict[str, floa
     share = (length - min(passages.first_prompt_tokens, length - 1)) / length
 
     def logits(batch: float, copies: float) -> float:
-        return batch * model.vocabulary * 4 * copies
+        return batch * model.vocabulary * 4 * (copies + HALF * (model.width < 4))
 
     def trained(batch: int, copies: float, part: float) -> float:
         return batch * model.activations * model.width + logits(batch * part, copies)
@@ -216,7 +219,7 @@ def _terms(model: ModelSize, settings: Settings, salient: int) -> dict[str, floa
     together = settings.runtime.workers if settings.runtime.runner == "threads" else 1
     return {
         "reference": scored + anchor,
-        "screen": scored * together,
+        "screening": scored * together,
         "saliency": 4.0 * model.targets
         + max(trained(most, CE, share) + dense, model.targets + 25.0 * model.largest) * unlearn.masked
         + model.targets * (not unlearn.masked),
@@ -231,7 +234,7 @@ def _terms(model: ModelSize, settings: Settings, salient: int) -> dict[str, floa
 def _disk(model: ModelSize, settings: Settings, salient: int, restores: int) -> int:
     """Folders of models, the candidate, the version while its file is written, mask, vectors, v0's predictions.
 
-    Where the store can link, or keeps a delta, it is less; whether it will is known only then.
+    Where the store keeps a delta it is less; whether it will is known only then.
     """
     unlearn = settings.unlearn
     length = settings.passages.prompt_tokens + settings.passages.continuation_tokens

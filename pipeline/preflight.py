@@ -63,6 +63,13 @@ def version_size(workspace: Workspace, entries: Sequence[LedgerEntry], version: 
     return model_size(Shape(t.name, t.dtype, t.shape) for t in store.tensors(store.manifest(version)))
 
 
+def _written_out(workspace: Workspace, entries: Sequence[LedgerEntry], version: int) -> bool:
+    """Whether a version is kept as deltas, so that a run must write its files instead of linking them."""
+    store = VersionStore(workspace.versions, published_versions(entries))
+    weights = [f for f in store.manifest(version).files if f.path.endswith(".safetensors")]
+    return not all(store.objects.is_whole(f.digest) for f in weights)
+
+
 def estimate(workspace: Workspace, entries: Sequence[LedgerEntry]) -> Estimate:
     """What a step from the version in force needs.
 
@@ -70,7 +77,10 @@ def estimate(workspace: Workspace, entries: Sequence[LedgerEntry]) -> Estimate:
         TakedownError: Settings, manifest or table of tensors cannot be read.
     """
     settings, version = workspace.settings(), current_version(entries)
-    need = step_need(version_size(workspace, entries, version), settings, processes=_processes(settings))
+    need = step_need(
+        version_size(workspace, entries, version), settings, restores=_written_out(workspace, entries, version),
+        processes=_processes(settings),
+    )  # fmt: skip
     memory, times = memory_for(settings), recorded_times(workspace)
     return Estimate(
         version=version,
@@ -129,7 +139,7 @@ def shortages(need: StageNeed, memory: Room, disk_need: int, disk: Room) -> list
 
 
 def require_step(
-    workspace: Workspace, entries: Sequence[LedgerEntry], version: int, restores: int, freed: int = 0
+    workspace: Workspace, entries: Sequence[LedgerEntry], version: int, starts_anew: bool = False, freed: int = 0
 ) -> None:
     """Refuse a step that memory or disk cannot suffice for, before anything is changed.
 
@@ -137,7 +147,7 @@ def require_step(
         workspace: Where.
         entries: The ledger's.
         version: Version that it starts from.
-        restores: As for `step_need`.
+        starts_anew: Whether it writes a start of its own, as a reinstatement does.
         freed: Bytes that the step's begin removes, or that it has there already.
 
     Raises:
@@ -145,6 +155,7 @@ def require_step(
     """
     try:
         size = version_size(workspace, entries, version)
+        restores = _written_out(workspace, entries, version) + starts_anew
     except TakedownError:
         return  # told by what reads the version
     settings = workspace.settings()

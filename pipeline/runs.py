@@ -210,7 +210,7 @@ def begin(
     folder = workspace.runs / plan.run_id
     kept = {folder, *(workspace.runs / other.run_id for other in undecided(workspace, entries))}
     there = [f for f in workspace.runs.glob("*") if f == folder or f not in kept]
-    require_step(workspace, entries, parent, 1 + bool(left_out), sum(map(_own_bytes, there)))
+    require_step(workspace, entries, parent, bool(left_out), sum(map(_own_bytes, there)))
     with explained_space(folder):
         workspace.runs.mkdir(exist_ok=True)  # an empty folder does not survive every copy of a workspace
         for other in workspace.runs.iterdir():

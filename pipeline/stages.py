@@ -157,7 +157,7 @@ def prepare_screen(workspace_root: str, run_id: str) -> None:
     Raises:
         NotEnough: Memory cannot suffice for the stages that follow.
     """
-    _require(open_run(workspace_root, run_id), "screen")
+    _require(open_run(workspace_root, run_id), "screening")
 
 
 def _require(run: Run, stage: str, selected: int | None = None) -> None:

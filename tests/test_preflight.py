@@ -9,18 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from histories import array_model, entries_of, prepare_step, start_history
+from histories import array_model, entries_of, make_step, prepare_step, start_history
 from workspaces import draw_text, take_in
 
 from pipeline import preflight
 from pipeline.errors import NotEnough
 from pipeline.estimate import Shape, model_size, salient_share, step_need
 from pipeline.files import append_line
-from pipeline.preflight import estimate, require_stage
+from pipeline.preflight import estimate, require_stage, version_size
 from pipeline.resources import Room, free_disk, free_memory, lock_holder
 from pipeline.runlog import archive, read_events
 from pipeline.runs import plan_run
 from pipeline.settings import Settings
+from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,13 +139,13 @@ def need(stage: str, **sections: dict[str, object]) -> int:
 
 def test_what_makes_a_stage_need_more() -> None:
     assert need("unlearn", runtime={"batch_tokens": 8192}) > need("unlearn")
-    assert need("screen", runtime={"workers": 4}) > need("screen")
+    assert need("screening", runtime={"workers": 4}) > need("screening")
     assert need("unlearn", unlearn={"masked": False}) > need("unlearn", unlearn={"masked": True})
     assert need("repair", unlearn={"anchor_top_k": 512}) > need("repair")
     plain = step_need(model_size(LLAMA), Settings())
     shared = step_need(model_size(LLAMA), Settings(), processes=2)
     more = {a.stage for a, b in zip(plain.stages, shared.stages, strict=True) if b.memory_bytes > a.memory_bytes}
-    assert more == {"screen"}, "worker processes have a model of their own"
+    assert more == {"screening"}, "worker processes have a model of their own"
     assert (
         step_need(model_size(LLAMA), Settings(), restores=2).disk_bytes - plain.disk_bytes == model_size(LLAMA).nbytes
     )
@@ -243,6 +244,22 @@ def test_merging_needs_room_on_disk(ws: Workspace, tmp_path: Path, monkeypatch: 
     with pytest.raises(NotEnough, match="/disk: a run and its version need up to 48 MB"):
         require_stage(ws, "run-1", folder, ws.settings(), "merge", 1, True)
     require_stage(ws, "run-1", folder, ws.settings(), "repair", 1, True)
+
+
+def test_a_parent_that_is_kept_whole_is_linked_and_takes_no_room(tmp_path: Path) -> None:
+    ws = start_history(tmp_path / "ws", array_model(tmp_path / "model", shape=(300, 300)))
+    ws.settings_file.write_text('[runtime]\ndevice = "cpu"\n')
+    before = estimate(ws, entries_of(ws))
+    assert make_step(ws, "A") == 1
+    assert len(VersionStore(ws.versions).objects.paths(weights_of(ws, 1))) > 1, "v1 is kept as a delta"
+    after = estimate(ws, entries_of(ws))
+    size = version_size(ws, entries_of(ws), 1)
+    assert after.need.disk_bytes == before.need.disk_bytes + size.nbytes
+
+
+def weights_of(ws: Workspace, version: int) -> str:
+    """Digest of a version's weight file."""
+    return next(f.digest for f in VersionStore(ws.versions).manifest(version).files if f.path == "model.safetensors")
 
 
 def test_time_is_what_recorded_runs_took(ws: Workspace) -> None:

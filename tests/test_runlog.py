@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from histories import array_model, entries_of, make_step, prepare_step, publish, start_history
 from workspaces import take_in
 
+from flows import cli
 from pipeline import patience
 from pipeline.answers import publish as answer
 from pipeline.erase import erase
@@ -128,6 +131,26 @@ def test_the_report_says_where_a_log_lies(ws: Workspace) -> None:
     assert f"runs/{run_id}/log.jsonl" in render(view)
     (ws.runs / run_id / "log.jsonl").unlink()
     assert lineage_view(ws, None).steps[0].log is None
+
+
+def test_show_says_where_a_log_lies(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["takedown", "-w", str(ws.root), "show", run_id, *options])
+        with suppress(SystemExit):
+            cli.main()
+        return capfd.readouterr().out
+
+    run_id = prepare_step(ws, ["A"])
+    publish(ws, run_id)
+    told = shown()
+    assert f"log: {ws.runs / run_id / 'log.jsonl'}" in told and "published  v1  by tester" in told
+    assert told.splitlines()[-2].startswith("  publish ")
+    found = json.loads(shown("--json"))
+    assert found["log"] == str(ws.runs / run_id / "log.jsonl") and found["seconds"].keys() == {"publish"}
+    (ws.runs / run_id / "log.jsonl").unlink()
+    assert "log: none is kept" in shown()
 
 
 @pytest.mark.parametrize("place", ["ops/takedown.log", "stderr"])
