@@ -29,7 +29,7 @@ from pipeline.records import (
     Step,
     Verdict,
 )
-from pipeline.runlog import report, timed
+from pipeline.runlog import put_aside, report, timed
 from pipeline.runs import AWAITING, Run, clean, open_run
 from pipeline.states import decisions, published_versions
 from pipeline.vault import open_vault
@@ -60,6 +60,7 @@ def publish(workspace_root: str, run_id: str, actor: str, reason: str = "", refu
         run.workspace, run_id, "run-ended", actor=actor, outcome=publication.outcome, version=publication.version,
         root=root, reasons=reasons,
     )  # fmt: skip
+    put_aside(run.workspace, run.folder)
     return publication
 
 

@@ -1,9 +1,9 @@
 """The log of a run: one JSON object a line, so that somebody on call, or a program, can see what happened when.
 
-In: events with ids, numbers, digests and names of types. Out: lines in ``runs/<id>/log.jsonl``; once that folder goes,
-in ``reports/logs/<id>.jsonl``; what belongs to no run, in ``reports/logs/workspace.jsonl``. Never: a text, a contact,
-the message of an exception, or a run that fails because its log could not be written. The ledger is the record; a log
-may be deleted at any time.
+In: events with ids, numbers, digests and names of types. Out: lines in ``runs/<id>/log.jsonl``; once the run has ended
+or its folder goes, in ``reports/logs/<id>.jsonl``; what belongs to no run, in ``reports/logs/workspace.jsonl``. Never:
+a text, a contact, the message of an exception, or a run that fails because its log could not be written. The ledger is
+the record; a log may be deleted at any time.
 
 Events go through the logger ``takedown`` of the standard library: a program that wants them elsewhere adds a handler.
 """
@@ -58,7 +58,7 @@ LOGGER.addHandler(_Lines())
 
 
 def archive(workspace: Workspace) -> Path:
-    """Where logs lie whose runs have no folder any more."""
+    """Where logs lie whose runs have ended, or have no folder any more."""
     return workspace.reports / "logs"
 
 
@@ -142,12 +142,13 @@ def told_of(error: BaseException) -> dict[str, object]:
 
 
 def put_aside(workspace: Workspace, folder: Path) -> None:
-    """Keep the log of a run whose folder is about to be deleted; what cannot be kept is given up."""
+    """Move the log of a run out of its folder, which may be deleted from here on; what cannot be moved stays there."""
     source, target = folder / NAME, archive(workspace) / f"{folder.name}.jsonl"
     with suppress(OSError):
         data = read_whole(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         append_line(target, data)
+        source.unlink()
 
 
 def remove_run(workspace: Workspace, folder: Path) -> None:

@@ -106,13 +106,14 @@ def test_an_exception_is_told_by_type_and_place_only(ws: Workspace) -> None:
 
 def test_a_log_outlives_the_folder_of_its_run(ws: Workspace) -> None:
     first = prepare_step(ws, ["A"])
-    publish(ws, first)
     assert log_file(ws, first) == ws.runs / first / "log.jsonl"
+    publish(ws, first)
+    assert log_file(ws, first) == archive(ws) / f"{first}.jsonl"
+    assert not (ws.runs / first / "log.jsonl").exists()
     before = words(ws, first)
     make_step(ws, "B")  # its begin removes what is decided
     assert not (ws.runs / first).exists()
-    assert log_file(ws, first) == archive(ws) / f"{first}.jsonl"
-    assert words(ws, first) == before
+    assert words(ws, first) == before == ["run-begun", "stage-begun publish", "stage-ended publish", "run-ended"]
 
 
 def test_an_erased_texts_run_keeps_its_log(ws: Workspace) -> None:
@@ -127,9 +128,9 @@ def test_the_report_says_where_a_log_lies(ws: Workspace) -> None:
     run_id = prepare_step(ws, ["A"])
     publish(ws, run_id)
     view = lineage_view(ws, None)
-    assert view.steps[0].log == f"runs/{run_id}/log.jsonl"
-    assert f"runs/{run_id}/log.jsonl" in render(view)
-    (ws.runs / run_id / "log.jsonl").unlink()
+    assert view.steps[0].log == f"reports/logs/{run_id}.jsonl"
+    assert f"reports/logs/{run_id}.jsonl" in render(view)
+    (archive(ws) / f"{run_id}.jsonl").unlink()
     assert lineage_view(ws, None).steps[0].log is None
 
 
@@ -145,11 +146,12 @@ def test_show_says_where_a_log_lies(
     run_id = prepare_step(ws, ["A"])
     publish(ws, run_id)
     told = shown()
-    assert f"log: {ws.runs / run_id / 'log.jsonl'}" in told and "published  v1  by tester" in told
+    path = archive(ws) / f"{run_id}.jsonl"
+    assert f"log: {path}" in told and "published  v1  by tester" in told
     assert told.splitlines()[-2].startswith("  publish ")
     found = json.loads(shown("--json"))
-    assert found["log"] == str(ws.runs / run_id / "log.jsonl") and found["seconds"].keys() == {"publish"}
-    (ws.runs / run_id / "log.jsonl").unlink()
+    assert found["log"] == str(path) and found["seconds"].keys() == {"publish"}
+    path.unlink()
     assert "log: none is kept" in shown()
 
 
