@@ -33,6 +33,7 @@ from pipeline.workspace import open_workspace
 
 if TYPE_CHECKING:
     from pipeline.audit import Audit
+    from pipeline.clocks import Deadline
     from pipeline.recheck import Rechecked
 
 NAMES = {"published": "Published", "refused": "Refused", "nothing": "Answered", AWAITING: "AwaitingApproval"}
@@ -202,6 +203,14 @@ def measure(workspace: str, folder: str, version: int, requests: list[str]) -> l
 
 
 @task(**OPTIONS)
+def find_overdue(workspace: str) -> list[Deadline]:
+    """Deadlines that have passed."""
+    from pipeline.clocks import overdue
+
+    return list(overdue(open_workspace(Path(workspace)), datetime.now(UTC)))
+
+
+@task(**OPTIONS)
 def report(workspace: str, audit: Audit) -> str:
     """Write the report, and show it in Prefect; returns its place."""
     from pipeline.audit import keep_audit
@@ -220,7 +229,8 @@ def report(workspace: str, audit: Audit) -> str:
 
 @flow(name="audit", persist_result=False)
 def audit(workspace: str) -> State[Any]:
-    """Verify everything that is kept, and measure every request again on the version in force. Changes nothing of it.
+    """Verify everything that is kept, measure every request again on the version in force, and look for deadlines that
+    have passed. Changes nothing of it.
 
     Args:
         workspace: Folder of the workspace.
@@ -244,8 +254,11 @@ def audit(workspace: str) -> State[Any]:
         done = side_by_side(measure, pieces, runtime, workspace=workspace, folder=folder, version=version)
         rechecked = {r.request_id: r for piece in done for r in piece}
         found = Audit(
-            at=datetime.now(UTC), version=version, breaks=tuple(breaks), rechecked=tuple(rechecked[n] for n in names)
-        )
+            at=datetime.now(UTC), version=version, breaks=tuple(breaks), rechecked=tuple(rechecked[n] for n in names),
+            overdue=tuple(find_overdue(workspace)),
+        )  # fmt: skip
         place = report(workspace, found)
     message = f"{found.sentence()} See {place}."
-    return Completed(name="Sound", message=message) if found.sound else Failed(name="Breaks", message=message)
+    if not found.sound:
+        return Failed(name="Breaks", message=message)
+    return Failed(name="Overdue", message=message) if found.overdue else Completed(name="Sound", message=message)

@@ -8,17 +8,31 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
+from flows.deadlines import (
+    SHOWN,
+    deadline_words,
+    plural,
+    settings_if_readable,
+    settings_with_clocks,
+    show_deadlines,
+    span,
+    told_present,
+)
 from flows.overlaps import show_overlaps
 from flows.progress import bars
 from flows.terminal import TIME, Json, err, megabytes, number_of, opened, out, outside, say, show_json, table
 from pipeline.approval import waiting
 from pipeline.certificate import write_certificate
+from pipeline.clocks import Standing, standing
 from pipeline.diff import VersionDiff
 from pipeline.diff import diff as compare_versions
 from pipeline.digests import prove_tensor
@@ -87,19 +101,50 @@ def checked_entries(workspace: Workspace) -> tuple[LedgerEntry, ...]:
 
 
 @reading.command()
-def status(context: typer.Context, as_json: Json = False) -> None:
-    """Requests and their state, and what waits.
+def status(
+    context: typer.Context,
+    fail_overdue: Annotated[
+        bool, typer.Option("--fail-overdue", help="Exit 1 where a deadline has passed; for monitoring.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Requests and their state, what waits and for how long, and what must be done by when.
 
-    Example: takedown -w ws status
+    Deadlines are set in takedown.toml under [deadlines]; what is overdue comes first.
+
+    Example: takedown -w ws status; takedown -w ws status --fail-overdue --json
     """
     workspace = opened(context)
     entries = checked_entries(workspace)
     states, current = request_states(entries), current_version(entries)
     held = [run.run_id for run in waiting(workspace, entries)]
+    settings = settings_with_clocks(workspace) if fail_overdue else settings_if_readable(workspace)
+    now = told_present(entries)
+    found = standing(entries, settings, now)
     if as_json:
-        show_json({"current": current, "requests": list(states.values()), "undecided": held})
-        return
+        counts = Counter(s.state for s in states.values())
+        queue = [name for name, s in states.items() if s.to_do]
+        show_json({"current": current, "requests": list(states.values()), "undecided": held, "at": now.isoformat(),
+                   "counts": dict(counts), "queue": queue, "oldest_waiting": found.oldest,
+                   "deadlines": list(found.deadlines), "postdated": found.postdated})  # fmt: skip
+    else:
+        show_status(states, current, found, now)
+        for run_id in held:
+            say(f"{run_id} waits for approval; see takedown review.")
+    if fail_overdue and found.overdue:
+        raise typer.Exit(1)
+
+
+def show_status(states: Mapping[str, RequestState], current: int, found: Standing, now: datetime) -> None:
+    """The version in force, counts, deadlines, and requests: those to be done first, then the newest."""
     say(f"Current version: v{current}")
+    if states:
+        counts = Counter(s.state for s in states.values()).most_common()
+        say(f"{plural(len(states), 'request')}: {', '.join(f'{count:,} {state}' for state, count in counts)}")
+    show_deadlines(found, now)
+    queue = [s for s in states.values() if s.to_do]
+    others = [s for s in states.values() if not s.to_do]
+    listed = list(states.values()) if len(states) <= SHOWN else [*queue, *reversed(others)][:SHOWN]
     rows = [
         (
             s.request_id,
@@ -108,13 +153,15 @@ def status(context: typer.Context, as_json: Json = False) -> None:
             s.received_at.strftime(TIME),
             f"v{s.version}" if s.state in TAKEN_OUT else "",
         )
-        for s in states.values()
+        for s in listed
     ]
     out.print(table("Requests", ("request", "state", "batch", "received", "excluded since"), rows))
-    to_do = sum(s.to_do for s in states.values())
-    say(f"{to_do} waiting." if to_do else "Nothing waits.")
-    for run_id in held:
-        say(f"{run_id} waits for approval; see takedown review.")
+    if len(listed) < len(states):
+        say(f"and {len(states) - len(listed):,} more; --json has all.")
+    if found.oldest is None:
+        say("Nothing waits.")
+        return
+    say(f"{len(queue):,} waiting, {plain(found.oldest.request_id)} for {span(now - found.oldest.since)}.")
 
 
 def state_words(state: RequestState) -> str:
@@ -217,10 +264,14 @@ def show(
         except StoreDamaged as error:  # the ledger's answer stands without it
             decision = None
             err.print(Text(f"takedown: its evidence cannot be shown: {plain(str(error), 2000)}"), soft_wrap=True)
+        now = told_present(entries)
+        due = standing(events, settings_if_readable(workspace), now).deadlines
         if as_json:
-            show_json({"state": states[name], "events": events, "deduplication": decision})
+            show_json({"state": states[name], "events": events, "deduplication": decision, "deadlines": due})
             return
         show_request(states[name], events)
+        for deadline in due:
+            say(f"  {deadline_words(deadline, now)}")
         show_overlaps([decision] if decision else [])
         return
     if of_run := [e for e in entries if e.event.run_id == name]:

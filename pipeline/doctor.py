@@ -24,7 +24,6 @@ from packaging.requirements import InvalidRequirement, Requirement
 from pipeline.display import plain, size_words
 from pipeline.dropfolder import REASON
 from pipeline.errors import TakedownError
-from pipeline.evidence import decisions
 from pipeline.files import TEMPORARY, fsync_folder, place, put_in_place, write_atomic
 from pipeline.history import read_entries
 from pipeline.keys import LOG_KEY, MODEL_KEY
@@ -34,7 +33,7 @@ from pipeline.resources import Room, lock_holder
 from pipeline.runlog import read_events
 from pipeline.runs import AWAITING
 from pipeline.settings import Settings
-from pipeline.states import request_states
+from pipeline.states import decisions, request_states
 from pipeline.storecheck import Depth
 from pipeline.verify import verify
 from pipeline.workspace import Workspace, lock_note

@@ -18,14 +18,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.display import INVISIBLE, plain
 from pipeline.errors import InvalidInput, Problem
-from pipeline.records import Record, TakedownRequest
+from pipeline.records import Basis, Record, TakedownRequest
 from pipeline.settings import IntakeSettings
 
 MAX_BATCH_FILE_BYTES = 64 << 20
@@ -76,9 +76,7 @@ class RequestEntry(_Shape):
     request_id: str = Field(pattern=ID_PATTERN, description="Your id of this request; used once, ever.")
     title: str = Field(min_length=1, max_length=500, description="Name of the work, on one line.")
     rights_holder: str = Field(min_length=1, max_length=500, description="Who claims, on one line.")
-    basis: Literal["copyright", "contract", "privacy", "court-order", "other"] = Field(
-        description="Legal basis of the claim."
-    )
+    basis: Basis = Field(description="Legal basis of the claim.")
     contact: str | None = Field(
         None, min_length=1, max_length=1000, description="How to answer the sender. Confidential: kept in the vault."
     )

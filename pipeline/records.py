@@ -17,6 +17,10 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
+Basis = Literal["copyright", "contract", "privacy", "court-order", "other"]
+"""Legal basis of a claim. It stands in the ledger, too: deadlines depend on it."""
+
+
 class TakedownRequest(Record):
     """One claim with its text, as kept in the vault.
 

@@ -6,14 +6,19 @@ The resolved tree travels with each version. Units stand in the names; the reaso
 from __future__ import annotations
 
 import tomllib
+from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import InvalidInput, Problem
 from pipeline.method_defaults import METHOD_DEFAULTS, MethodName
+from pipeline.periods import Period, read_period
+from pipeline.records import Basis
+from pipeline.states import State
 
 
 class Section(BaseModel):
@@ -265,6 +270,10 @@ class Schedule(Section):
         return self
 
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names of this machine."""
+
+
 class ServeSettings(Section):
     """What `takedown serve` runs, and when."""
 
@@ -278,6 +287,28 @@ class ServeSettings(Section):
     """Of Prefect's server on 127.0.0.1, where none is configured."""
     wait_s: float = Field(3600.0, ge=0)
     """How long a scheduled run waits for another writer before it leaves its work to the next one."""
+    webhook: str | None = Field(None, repr=False)
+    """Address that is sent a JSON object when a run fails, is refused, or finds a deadline passed; ids only. Whoever
+    knows it may post there, so it is not shown."""
+    webhook_in_clear: bool = False
+    """Send it by plain http to another machine, too; by itself that is refused."""
+
+    @model_validator(mode="after")
+    def _private_webhook(self) -> ServeSettings:
+        if self.webhook is None:
+            return self
+        try:
+            parts = urlsplit(self.webhook)
+            host, port = parts.hostname, parts.port  # a port that is none shows only when it is asked for
+        except ValueError as error:
+            raise ValueError("webhook: is no address") from error
+        if parts.scheme not in ("http", "https") or not host or port == 0 or not self.webhook.isascii():
+            raise ValueError("webhook: is no address like https://chat.example/hooks/…")
+        if any(c.isspace() or ord(c) < 32 for c in self.webhook) or parts.username is not None:
+            raise ValueError("webhook: must hold no blanks, and no name and password in front of the host")
+        if parts.scheme == "http" and host not in LOOPBACK and not self.webhook_in_clear:
+            raise ValueError("webhook: http is readable on the way; use https, or set webhook_in_clear = true")
+        return self
 
     @field_validator("time_zone")
     @classmethod
@@ -297,6 +328,41 @@ class LoggingSettings(Section):
     destination: str = Field("run", min_length=1)
     """``run``: kept with the run, in ``runs/<id>/log.jsonl``, later in ``reports/logs/``; ``stderr``; or a file, from
     the workspace on or absolute, that everything is added to. Times of earlier runs are known from ``run`` alone."""
+
+
+class Clock(Section):
+    """How long requests may stay where they are; which law or contract says so is the team's to know."""
+
+    states: tuple[Literal[State, "on-hold"], ...] = Field(min_length=1)
+    """The clock runs while a request is in one of these: from the moment it came to be in one, and stops with the
+    first moment that it is in none. ``on-hold`` is beside the state, and stops no other clock. What was erased has no
+    deadline."""
+    within: str
+    """``36 hours`` exactly; ``7 days``, ``10 business days``, ``1 month`` until the end of their last day in
+    ``serve.time_zone``. The first day is not counted. A last day that is no business day stays the last."""
+    basis: tuple[Basis, ...] = ()
+    """Only for requests of these; none means all. A request that came in before the ledger noted the basis counts as
+    one of each."""
+
+    @field_validator("within")
+    @classmethod
+    def _is_a_period(cls, text: str) -> str:
+        read_period(text)
+        return text
+
+    @property
+    def period(self) -> Period:
+        """``within`` in numbers."""
+        return read_period(self.within)
+
+
+class DeadlineSettings(Section):
+    """What must be done by when. None is set by itself."""
+
+    clocks: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")], Clock] = {}
+    """By a name of your own in small letters."""
+    holidays: frozenset[date] = frozenset()
+    """Days that are no business days, beside Saturdays and Sundays."""
 
 
 class Settings(Section):
@@ -319,6 +385,8 @@ class Settings(Section):
     serve: ServeSettings = Field(ServeSettings(), exclude=True)
     logging: LoggingSettings = Field(LoggingSettings(), exclude=True)
     """Decides no outcome, so it is not part of a run's identity."""
+    """Decides no outcome, so it is not part of a run's identity; nor do deadlines."""
+    deadlines: DeadlineSettings = Field(DeadlineSettings(), exclude=True)
 
 
 def read_settings(path: Path) -> Settings:

@@ -5,7 +5,7 @@ In: entries. Out: plain records. Never: a file, a state that was stored: every o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Literal
 
@@ -128,16 +128,28 @@ def follow(
     """
     states: dict[str, RequestState] = {}
     faults = []
+    for entry, result in moves(entries):
+        if isinstance(result, str):
+            faults.append((entry, result))
+        else:
+            states[result.request_id] = result
+    return states, faults
+
+
+def moves(entries: Iterable[LedgerEntry]) -> Iterator[tuple[LedgerEntry, RequestState | str]]:
+    """Every entry of a request with the state that it leads to, or why it cannot follow what came before it."""
+    states: dict[str, RequestState] = {}
     for entry in entries:
         name = entry.event.request_id
         if name is None:
             continue
-        result = _received(entry) if entry.event.kind == "received" else _moved(states.get(name), entry)
-        if isinstance(result, str):
-            faults.append((entry, result))
-        elif entry.event.kind != "received" or name not in states:
+        known = states.get(name)
+        result = _received(entry) if entry.event.kind == "received" else _moved(known, entry)
+        if entry.event.kind == "received" and known is not None and not isinstance(result, str):
+            result = known
+        if not isinstance(result, str):
             states[name] = result
-    return states, faults
+        yield entry, result
 
 
 def _received(entry: LedgerEntry) -> RequestState | str:

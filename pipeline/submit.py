@@ -59,7 +59,7 @@ def take_in(workspace: Workspace, path: Path, actor: str) -> TakedownBatch:
     events = [
         Event(kind="received", actor=actor, request_id=r.request_id, data={
             "batch_id": batch.batch_id, "received_at": batch.received_at.isoformat(),
-            "commitment": vault.commitment(r.text), "record": vault.record_commitment(r)})
+            "basis": r.basis, "commitment": vault.commitment(r.text), "record": vault.record_commitment(r)})
         for r in batch.requests
     ]  # fmt: skip
     with Ledger.open(workspace.ledger) as ledger:

@@ -324,7 +324,8 @@ class Vault:
         """
         if received.get("commitment") not in (None, self.commitment(request.text)):
             return "text"
-        if "record" in received and received["record"] != self.record_commitment(request):
+        other_record = "record" in received and received["record"] != self.record_commitment(request)
+        if other_record or received.get("basis", request.basis) != request.basis:
             return "title, rights holder, basis or contact"
         return None
 
