@@ -9,7 +9,7 @@ from rich.text import Text
 
 from flows.terminal import TIME, err, out, say, table
 from pipeline.clocks import Deadline, Standing, present
-from pipeline.display import plain
+from pipeline.display import plain, plural
 from pipeline.errors import InvalidInput, UsageError
 from pipeline.records import LedgerEntry
 from pipeline.settings import Settings
@@ -96,8 +96,3 @@ def span(time: timedelta) -> str:
     minutes = max(0, int(time.total_seconds() // 60))
     days, hours = minutes // 1440, minutes // 60 % 24
     return f"{days:,} d {hours} h" if days else f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
-
-
-def plural(count: int, noun: str) -> str:
-    """``1 request``, ``2 requests``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from flows.environment import prefect_home
 from flows.liveness import alive
 from flows.runners import shares, side_by_side
+from flows.telling import tell
 from pipeline.dropfolder import Delivery, take_inbox
 from pipeline.errors import WorkspaceBusy
 from pipeline.patience import LONGEST_WAIT_S, only_one, writing_in_turn
@@ -40,6 +41,8 @@ NAMES = {"published": "Published", "refused": "Refused", "nothing": "Answered", 
 """The final state of a run in Prefect, by its outcome."""
 
 OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+TOLD: dict[str, Any] = {"persist_result": False, "on_failure": [tell], "on_crashed": [tell]}
+"""Of every door: who is to be told of a bad end is told, see `flows.telling`."""
 
 
 class Urgent(BaseModel):
@@ -75,7 +78,7 @@ def take_in(workspace: str, actor: str) -> Delivery:
     return take_inbox(open_workspace(Path(workspace)), actor)
 
 
-@flow(name="scheduled", persist_result=False)
+@flow(name="scheduled", **TOLD)
 def scheduled(workspace: str, actor: str = "scheduled") -> State[Any]:
     """Take in what lies in the drop folder, and run one step for all that waits.
 
@@ -97,7 +100,7 @@ def scheduled(workspace: str, actor: str = "scheduled") -> State[Any]:
     return ended(publication, delivery)
 
 
-@flow(name="ad-hoc", persist_result=False)
+@flow(name="ad-hoc", **TOLD)
 def ad_hoc(workspace: str, urgent: Urgent) -> State[Any]:
     """Run one step for an urgent batch: before everything that waits, after the step that is running.
 
@@ -161,7 +164,7 @@ def decide_on(workspace: str, decision: Decision) -> Publication:
     return refuse(workspace, decision.run, decision.actor, decision.reason)
 
 
-@flow(name="decide", persist_result=False)
+@flow(name="decide", **TOLD)
 def decide(workspace: str, decision: Decision) -> State[Any]:
     """Approve or refuse a run that waits, as `takedown approve` and `takedown refuse` do.
 
@@ -227,7 +230,7 @@ def report(workspace: str, audit: Audit) -> str:
     return str(path)
 
 
-@flow(name="audit", persist_result=False)
+@flow(name="audit", **TOLD)
 def audit(workspace: str) -> State[Any]:
     """Verify everything that is kept, measure every request again on the version in force, and look for deadlines that
     have passed. Changes nothing of it.

@@ -20,7 +20,6 @@ from rich.text import Text
 from flows.deadlines import (
     SHOWN,
     deadline_words,
-    plural,
     settings_if_readable,
     settings_with_clocks,
     show_deadlines,
@@ -36,7 +35,7 @@ from pipeline.clocks import Standing, standing
 from pipeline.diff import VersionDiff
 from pipeline.diff import diff as compare_versions
 from pipeline.digests import prove_tensor
-from pipeline.display import plain
+from pipeline.display import plain, plural
 from pipeline.erase import erased_notes
 from pipeline.errors import StoreDamaged, UsageError
 from pipeline.export import EVENT_COLUMNS, REQUEST_COLUMNS, event_rows, request_rows, to_csv

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.clocks import Deadline
+from pipeline.display import plural
 from pipeline.files import make_folder, write_json
 from pipeline.recheck import Rechecked
 from pipeline.records import Break, Record
@@ -48,7 +49,7 @@ class Audit(Record):
     def sentence(self) -> str:
         """What was found, in one line."""
         texts = f"{len(self.rechecked)} texts measured again on v{self.version}"
-        late = f" {len(self.overdue)} deadlines overdue: {self._named()}." if self.overdue else ""
+        late = f" {plural(len(self.overdue), 'deadline')} overdue: {self._named()}." if self.overdue else ""
         if self.sound:
             return f"Everything holds; {texts}, none above its limit.{late}"
         return f"{len(self.breaks)} breaks; {texts}, {len(self.above)} above their limits.{late}"

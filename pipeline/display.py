@@ -52,6 +52,11 @@ def cell(text: str, limit: int = 80) -> Text:
     return Text(plain(text, limit))
 
 
+def plural(count: int, noun: str) -> str:
+    """``1 request``, ``2 requests``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def _visible(token: str) -> str:
     """One character, or a run of spaces, as it is shown."""
     if token[0] in _SPACES:

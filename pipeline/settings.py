@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.errors import InvalidInput, Problem
 from pipeline.method_defaults import METHOD_DEFAULTS, MethodName
@@ -22,9 +22,9 @@ from pipeline.states import State
 
 
 class Section(BaseModel):
-    """A frozen group of settings; an unknown key is an error, never ignored."""
+    """A frozen group of settings; an unknown key is an error, never ignored, and no error quotes a value."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class IntakeSettings(Section):
@@ -287,28 +287,27 @@ class ServeSettings(Section):
     """Of Prefect's server on 127.0.0.1, where none is configured."""
     wait_s: float = Field(3600.0, ge=0)
     """How long a scheduled run waits for another writer before it leaves its work to the next one."""
+    webhook_in_clear: bool = False
+    """Let ``webhook`` be plain http to another machine, where anybody on the way can read along."""
     webhook: str | None = Field(None, repr=False)
     """Address that is sent a JSON object when a run fails, is refused, or finds a deadline passed; ids only. Whoever
-    knows it may post there, so it is not shown."""
-    webhook_in_clear: bool = False
-    """Send it by plain http to another machine, too; by itself that is refused."""
+    knows it may post there, so it is shown nowhere."""
 
-    @model_validator(mode="after")
-    def _private_webhook(self) -> ServeSettings:
-        if self.webhook is None:
-            return self
+    @field_validator("webhook")
+    @classmethod
+    def _is_an_address(cls, url: str, info: ValidationInfo) -> str:
         try:
-            parts = urlsplit(self.webhook)
+            parts = urlsplit(url)
             host, port = parts.hostname, parts.port  # a port that is none shows only when it is asked for
         except ValueError as error:
-            raise ValueError("webhook: is no address") from error
-        if parts.scheme not in ("http", "https") or not host or port == 0 or not self.webhook.isascii():
-            raise ValueError("webhook: is no address like https://chat.example/hooks/…")
-        if any(c.isspace() or ord(c) < 32 for c in self.webhook) or parts.username is not None:
-            raise ValueError("webhook: must hold no blanks, and no name and password in front of the host")
-        if parts.scheme == "http" and host not in LOOPBACK and not self.webhook_in_clear:
-            raise ValueError("webhook: http is readable on the way; use https, or set webhook_in_clear = true")
-        return self
+            raise ValueError("is no address like https://chat.example/hooks/…") from error
+        plain = url.isascii() and url.isprintable() and " " not in url
+        if parts.scheme not in ("http", "https") or not host or port == 0 or not plain or parts.username is not None:
+            raise ValueError("is no address like https://chat.example/hooks/…, without blanks or a user's name")
+        # Where that setting is wrong itself, one problem is told, not two.
+        if parts.scheme == "http" and host not in LOOPBACK and not info.data.get("webhook_in_clear", True):
+            raise ValueError("is readable on the way; use https, or set webhook_in_clear = true")
+        return url
 
     @field_validator("time_zone")
     @classmethod
