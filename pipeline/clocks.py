@@ -113,6 +113,7 @@ def standing(entries: Iterable[LedgerEntry], settings: Settings, now: datetime) 
         now: See `present`.
     """
     clocks, zone = settings.deadlines.clocks, ZoneInfo(settings.serve.time_zone)
+    periods = {name: clock.period for name, clock in clocks.items()}
     last: dict[str, RequestState] = {}
     basis: dict[str, object] = {}
     started: dict[str, dict[str | None, datetime]] = {}
@@ -134,7 +135,7 @@ def standing(entries: Iterable[LedgerEntry], settings: Settings, now: datetime) 
         last[name] = state
     waiting = [(since[WAIT], name) for name, since in started.items() if last[name].to_do]
     found = [
-        _deadline(last[name], clock, at, end_of(clocks[clock].period, at, zone, settings.deadlines.holidays), now)
+        _deadline(last[name], clock, at, end_of(periods[clock], at, zone, settings.deadlines.holidays), now)
         for name, since in started.items()
         for clock, at in since.items()
         if clock is not None

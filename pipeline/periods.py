@@ -65,18 +65,20 @@ def end_of(period: Period, start: datetime, zone: ZoneInfo, holidays: Collection
     start = min(max(start, EARLIEST), LATEST)
     if period.unit == "hour":
         return start.astimezone(UTC) + timedelta(hours=period.count)
-    return _end_of_day(_last_day(period, start.astimezone(zone).date(), frozenset(holidays)), zone)
-
-
-def _end_of_day(day: date, zone: ZoneInfo) -> datetime:
-    """Where summer time skips or repeats midnight, the first moment of the next day."""
-    after = day + timedelta(days=1)
-    return datetime(after.year, after.month, after.day, tzinfo=zone).astimezone(UTC)
+    return _end_of_last_day(period, start.astimezone(zone).date(), zone, frozenset(holidays))
 
 
 @lru_cache(maxsize=4096)
-def _last_day(period: Period, first: date, holidays: frozenset[date]) -> date:
-    """The last day of a period that starts on a day; many requests arrive on the same one."""
+def _end_of_last_day(period: Period, first: date, zone: ZoneInfo, holidays: frozenset[date]) -> datetime:
+    """The end of a period that starts on a day; kept, for many requests arrive on the same one.
+
+    Where summer time skips or repeats midnight, that is the first moment of the day after.
+    """
+    after = _last_day(period, first, holidays) + timedelta(days=1)
+    return datetime(after.year, after.month, after.day, tzinfo=zone).astimezone(UTC)
+
+
+def _last_day(period: Period, first: date, holidays: Collection[date]) -> date:
     if period.unit == "day":
         return first + timedelta(days=period.count)
     if period.unit == "month":

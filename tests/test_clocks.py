@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import string
+import tempfile
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -209,6 +211,21 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput) as error:
         read_settings(path)
     assert len(error.value.problems) == 3
+
+
+@given(st.integers(0, len(GOOD)), st.integers(0, 20), st.text(st.sampled_from(string.printable + "\0é٣"), max_size=8))
+def test_a_file_with_any_mistake_is_read_or_refused(start: int, cut: int, put: str) -> None:
+    """Whatever is still read gives a deadline; anything else is told as a problem of the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "takedown.toml"
+        path.write_text(GOOD[:start] + put + GOOD[start + cut :])
+        try:
+            found = read_settings(path)
+        except InvalidInput as error:
+            assert error.problems and all(p.where.startswith(str(path)) for p in error.problems)
+            return
+    for one in standing(history(("received", 0 * HOUR)), found, MONDAY).deadlines:
+        assert one.due > MONDAY and not one.overdue
 
 
 def test_deadlines_are_no_part_of_a_run_s_identity() -> None:
