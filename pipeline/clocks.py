@@ -91,9 +91,9 @@ class Standing(NamedTuple):
         postdated: Requests that arrived, by what their batch says, after they were taken in; the ledger's time counts.
     """
 
-    deadlines: tuple[Deadline, ...] = ()
-    oldest: Waiting | None = None
-    postdated: tuple[str, ...] = ()
+    deadlines: tuple[Deadline, ...]
+    oldest: Waiting | None
+    postdated: tuple[str, ...]
 
     @property
     def overdue(self) -> tuple[Deadline, ...]:
@@ -116,7 +116,8 @@ def standing(entries: Iterable[LedgerEntry], settings: Settings, now: datetime) 
     periods = {name: clock.period for name, clock in clocks.items()}
     last: dict[str, RequestState] = {}
     basis: dict[str, object] = {}
-    started: dict[str, dict[str | None, datetime]] = {}
+    started: dict[str, dict[str, datetime]] = {}
+    waits: dict[str, datetime] = {}
     postdated = []
     for entry, state in moves(entries):
         if isinstance(state, str):
@@ -128,17 +129,17 @@ def standing(entries: Iterable[LedgerEntry], settings: Settings, now: datetime) 
                 postdated.append(name)
             at = min(at, arrived)
         before = started.get(name, {})
-        runs: list[str | None] = [c for c, clock in clocks.items() if _runs(clock, state, basis[name])]
+        started[name] = {c: before.get(c, at) for c, clock in clocks.items() if _runs(clock, state, basis[name])}
         if state.state in TO_DO:
-            runs.append(WAIT)
-        started[name] = {clock: before.get(clock, at) for clock in runs}
+            waits.setdefault(name, at)
+        else:
+            waits.pop(name, None)
         last[name] = state
-    waiting = [(since[WAIT], name) for name, since in started.items() if last[name].to_do]
+    waiting = [(since, name) for name, since in waits.items() if last[name].to_do]
     found = [
         _deadline(last[name], clock, at, end_of(periods[clock], at, zone, settings.deadlines.holidays), now)
         for name, since in started.items()
         for clock, at in since.items()
-        if clock is not None
     ]
     return Standing(tuple(sorted(found, key=lambda d: d.due)), _oldest(waiting, now), tuple(postdated))
 
@@ -153,10 +154,6 @@ def overdue(workspace: Workspace, machine: datetime) -> tuple[Deadline, ...]:
     with Ledger.open(workspace.ledger, read_only=True) as ledger:
         entries = ledger.entries()
     return standing(entries, workspace.settings(), present(entries, machine).at).overdue
-
-
-WAIT = None
-"""Key of the clock that tells how long something has been waiting to be done; those of the settings have names."""
 
 
 def _runs(clock: Clock, state: RequestState, basis: object) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import workspaces
+from receivers import Receiver, receiving
 from workspaces import copied, draw_text, with_settings, write_batch
 
 from flows.environment import address_file, prefect_home, served_at, server_answers
@@ -130,6 +131,12 @@ def configure(workspace: Workspace, **serve: Any) -> None:
 
 
 @pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as found:
+        yield found
+
+
+@pytest.fixture
 def serve() -> Iterator[Callable[[Workspace], Served]]:
     started: list[Served] = []
 
@@ -148,8 +155,10 @@ def states(workspace: Workspace) -> dict[str, str]:
         return {name: s.state for name, s in request_states(ledger.entries()).items()}
 
 
-def test_schedule_fires_and_doors_work_beside_it(ws: Workspace, serve: Callable[[Workspace], Served]) -> None:
-    configure(ws, scheduled={"every_s": 60.0})
+def test_schedule_fires_and_doors_work_beside_it(
+    ws: Workspace, serve: Callable[[Workspace], Served], receiver: Receiver
+) -> None:
+    configure(ws, scheduled={"every_s": 60.0}, webhook=receiver.url)
     write_batch(ws.inbox, "first", {"Q": draw_text("never", 60)})
     (ws.inbox / "bad.json").write_text("{")
     served = serve(ws)
@@ -177,6 +186,10 @@ def test_schedule_fires_and_doors_work_beside_it(ws: Workspace, serve: Callable[
     assert {name for _, name in served.ended("takedown-ad-hoc")} <= {"Answered", "NothingWaits", "Failed"}
     assert ("FAILED", "Failed") in served.ended("takedown-ad-hoc")  # nobody
     assert served.ended("audit-scheduled") == [("COMPLETED", "Sound")]
+    # The runs that somebody must look at told so, each once, from processes of their own.
+    assert sorted((told["flow"], told["state"]) for told in receiver.told()) == [
+        ("ad-hoc", "Failed"), ("scheduled", "SetAside"),
+    ]  # fmt: skip
     (path,) = ws.reports.glob("audit-*.json")
     report = json.loads(path.read_text())
     assert report["breaks"] == [] and {r["request_id"] for r in report["rechecked"]} == {"A", "B"}

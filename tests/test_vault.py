@@ -224,6 +224,14 @@ def test_commitment_to_a_record_covers_every_field(vault: Vault, field: str, val
     assert vault.differences(request(**({"request_id": "TD-1"} | {field: value})), data) == expected
 
 
+def test_the_basis_that_the_ledger_names_is_that_of_the_record(vault: Vault) -> None:
+    kept = request(basis="privacy")
+    data = {"commitment": vault.commitment(kept.text), "record": vault.record_commitment(kept)}
+    assert vault.differences(kept, data | {"basis": "privacy"}) is None
+    for other in ("copyright", None):
+        assert vault.differences(kept, data | {"basis": other}) == "title, rights holder, basis or contact"
+
+
 def test_what_an_earlier_release_recorded_binds_the_text_only(vault: Vault) -> None:
     data = {"commitment": vault.commitment(request().text)}
     assert vault.differences(request(title="Other"), data) is None
