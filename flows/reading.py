@@ -160,7 +160,7 @@ def show_status(states: Mapping[str, RequestState], current: int, found: Standin
     if found.oldest is None:
         say("Nothing waits.")
         return
-    say(f"{len(queue):,} waiting, {plain(found.oldest.request_id)} for {span(now - found.oldest.since)}.")
+    say(f"{len(queue):,} waiting. The oldest, {plain(found.oldest.request_id)}, for {span(now - found.oldest.since)}.")
 
 
 def state_words(state: RequestState) -> str:
