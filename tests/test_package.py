@@ -92,7 +92,8 @@ def test_nothing_but_declared_dependencies_is_imported() -> None:
     )
     known |= {"pydantic_core"}
     # Extras that are imported only where a setting asks for them; without them that is told.
-    known |= {"prefect_dask", "prefect_ray"} if {"dask", "ray"} <= project["optional-dependencies"].keys() else set()
+    clusters = {"prefect_dask", "distributed", "prefect_ray", "ray"}  # the second and fourth come with the others
+    known |= clusters if {"dask", "ray"} <= project["optional-dependencies"].keys() else set()
     for module, path in MODULES.items():
         foreign = {i.split(".")[0] for i in imported(path)} - known
         assert not foreign, module
