@@ -43,7 +43,8 @@ def show_waiting(run: Waiting) -> None:
     asked = f"since {run.since.strftime(TIME)}, asked for by {plain(run.asked_by)}"
     say(f"{run.run_id} waits for approval {asked}")
     what = f"puts back {', '.join(run.reinstates)}" if run.reinstates else f"takes out {', '.join(run.requests)}"
-    say(f"  {what}, from v{run.parent}")
+    again = f", works again on {', '.join(run.reworks)}" if run.reworks else ""
+    say(f"  {what}{again}, from v{run.parent}")
     say(f"  candidate {run.root}\n  in {run.candidate}")
     out.print(score_table(run.evaluation, {}))
     say(f"Next: takedown approve {run.run_id}, or takedown refuse {run.run_id} --reason …")

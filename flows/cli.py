@@ -255,10 +255,14 @@ def show_step(workspace: Workspace, view: Any) -> None:
     decisions = {d.request_id: d for d in view.dedupe.decisions}
     rows = []
     for found in view.screen.requests:
+        memorised = f"{len(found.memorised)}/{found.passages}"
+        if found.request_id in view.reworks:
+            rows.append((found.request_id, "worked on again", "", "", memorised, f"{found.exact_memorisation:.3f}"))
+            continue
         decision = decisions[found.request_id]
         other = decision.evidence[0].request_id if decision.evidence and decision.verdict != "fresh" else ""
         rows.append((found.request_id, state_words(states[found.request_id]), other, f"{decision.covered:.2f}",
-                     f"{len(found.memorised)}/{found.passages}", f"{found.exact_memorisation:.3f}"))  # fmt: skip
+                     memorised, f"{found.exact_memorisation:.3f}"))  # fmt: skip
     columns = ("request", "answer", "like", "covered", "memorised passages", "EM before")
     out.print(table(f"{view.run_id}: requests", columns, rows))
     show_overlaps(view.dedupe.decisions)

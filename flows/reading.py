@@ -64,7 +64,7 @@ from pipeline.states import (
     request_states,
 )
 from pipeline.storecheck import Depth
-from pipeline.undo import left_out_of
+from pipeline.undo import left_out_of, reworked_in
 from pipeline.verify import index_notes, key_notes, seal_notes
 from pipeline.verify import verify as find_breaks
 from pipeline.versions import VersionStore
@@ -341,6 +341,8 @@ def show_version(
     if left_out := left_out_of(manifest):
         back = [name for name, number in put_back(entries, manifest.version).items() if number == manifest.version]
         say(f"  puts back: {', '.join(back)}, leaving out what {', '.join(f'v{n}' for n in left_out)} changed")
+    if again := reworked_in(manifest):
+        say(f"  works again on: {', '.join(again)}")
     for key in ("alpha", "selected", "changed", "total"):
         if key in manifest.report:
             say(f"  {key}: {manifest.report[key]}")

@@ -127,7 +127,8 @@ def leave_artifacts(workspace: str, run_id: str, publication: Publication) -> No
     create_markdown_artifact(
         key=run_id,
         markdown=f"# {run_id}\n\n- outcome: **{publication.outcome}**\n- parent: v{run.plan.parent}\n"
-        f"- version: {version}\n- requests: {', '.join(run.plan.requests)}\n",
+        f"- version: {version}\n- requests: {', '.join(run.plan.requests)}\n"
+        + (f"- worked on again: {', '.join(run.plan.reworks)}\n" if run.plan.reworks else ""),
         description="Takedown step",
     )
     if publication.outcome != "nothing":
@@ -202,7 +203,7 @@ def make_candidate(workspace: str, run_id: str) -> None:
     """The stages from the texts to the gate's decision; those that need weights to change only where they do."""
     dedupe(workspace, run_id)
     runtime = open_workspace(Path(workspace)).settings().runtime
-    pieces = shares(open_run(workspace, run_id).plan.requests, runtime.workers)
+    pieces = shares(open_run(workspace, run_id).plan.worked_on, runtime.workers)
     stages.prepare_screen(workspace, run_id)
     side_by_side(screen_some, pieces, runtime, workspace=workspace, run_id=run_id)
     screen(workspace, run_id)

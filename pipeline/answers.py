@@ -103,7 +103,7 @@ def _events(run: Run, store: VersionStore, actor: str, reason: str, refusal: str
     verdict = run.finished("gate", Verdict) if spans or run.plan.left_out else None
     if verdict is not None and refusal:
         verdict = verdict.model_copy(update={"accepted": False, "reasons": (*verdict.reasons, refusal)})
-    events = [_outcome(run, actor, verdict, keep(run, store.objects))]
+    events = [_outcome(run, actor, verdict, keep(run.folder, store.objects))]
     version = None
     if verdict is not None and verdict.accepted:
         version, data = _publish_version(run, spans)
@@ -113,7 +113,8 @@ def _events(run: Run, store: VersionStore, actor: str, reason: str, refusal: str
         answers = _decisions(run, actor, deduped, screened, verdict, version)
         events += [*_reinstated(run, actor, verdict, version, reason), *(e for e in answers if e.request_id in fresh)]
         return [*events, *_measured(run, actor, version)]
-    return [*events, *_decisions(run, actor, deduped, screened, verdict, version), *_measured(run, actor, version)]
+    answers = _decisions(run, actor, deduped, screened, verdict, version)
+    return [*events, *answers, *_measured(run, actor, version), *_reworked(run, actor, version)]
 
 
 def _outcome(run: Run, actor: str, verdict: Verdict | None, evidence: Mapping[str, str]) -> Event:
@@ -158,6 +159,19 @@ def _measured(run: Run, actor: str, version: int | None) -> list[Event]:
     ]
 
 
+def _reworked(run: Run, actor: str, version: int | None) -> Iterable[Event]:
+    """That texts which were out already were worked on again, and how they were measured; their state stays."""
+    if version is None:
+        return
+    evaluation = run.finished("evaluate", Evaluation)
+    for comparison in evaluation.of("earlier"):
+        if comparison.name in run.plan.reworks:
+            data = {side: getattr(comparison, side).model_dump(mode="json") for side in ("before", "after")}
+            yield Event(
+                kind="reworked", actor=actor, request_id=comparison.name, run_id=run.run_id, version=version, data=data
+            )
+
+
 def _reinstated(run: Run, actor: str, verdict: Verdict | None, version: int | None, reason: str) -> list[Event]:
     """That texts were put back, or that this was asked for and refused: who asked, and why.
 
@@ -188,7 +202,7 @@ def _publish_version(run: Run, spans: Mapping[str, Sequence[PassageSpan]]) -> tu
         parent=parent,
         created_at=datetime.now(UTC),
         run_id=run.run_id,
-        requests=tuple(first_worked_on(run) if run.plan.reinstates else spans),
+        requests=tuple(first_worked_on(run)),
         settings=run.settings.model_dump(mode="json"),
         report={
             **_trained(run, spans),
@@ -197,6 +211,7 @@ def _publish_version(run: Run, spans: Mapping[str, Sequence[PassageSpan]]) -> tu
             "level": evaluation.level.model_dump(mode="json"),
             "memorised": {n: [[s.prompt_start, s.start, s.end] for s in found] for n, found in spans.items()},
             **({"left_out": list(run.plan.left_out)} if run.plan.left_out else {}),
+            **({"reworked": list(run.plan.reworks)} if run.plan.reworks else {}),
         },
         software=software(),
         keyframe_every=run.settings.store.keyframe_every,

@@ -31,6 +31,7 @@ class Waiting(Record):
         parent: Version that it starts from.
         requests: What it works on.
         reinstates: Whose text it puts back.
+        reworks: Whose text was out already and is worked on again.
         root: Tensor root of its candidate.
         candidate: Its model folder; `from_pretrained` loads it.
         evaluation: What was measured.
@@ -42,6 +43,7 @@ class Waiting(Record):
     parent: int
     requests: tuple[str, ...]
     reinstates: tuple[str, ...]
+    reworks: tuple[str, ...] = ()
     root: str
     candidate: str
     evaluation: Evaluation
@@ -118,6 +120,7 @@ def waiting(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[Waitin
                 parent=plan.parent,
                 requests=plan.requests,
                 reinstates=plan.reinstates,
+                reworks=plan.reworks,
                 root=str(asked.event.data["root"]),
                 candidate=str(run.folder / "candidate"),
                 evaluation=run.finished("evaluate", Evaluation),

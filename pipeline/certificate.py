@@ -261,9 +261,16 @@ def _used_entries(log: _Log, case: _Case, request_id: str) -> list[LedgerEntry]:
         used.append(published)
         if case.excluded or (version and published.event.run_id == run_id):
             used += [log.needed(kind, run_id=published.event.run_id) for kind in ("planned", "accepted")]
+    used += _reworked(log, case, request_id).values()
     if case.erased is not None:
         used.append(case.erased)
     return sorted({entry.seq: entry for entry in used}.values(), key=lambda entry: entry.seq)
+
+
+def _reworked(log: _Log, case: _Case, request_id: str) -> dict[int | None, LedgerEntry]:
+    """The entries that say that a later step worked on the text again, by version."""
+    of_request = (e for e in log.entries if e.event.kind == "reworked" and e.event.request_id == request_id)
+    return {e.event.version: e for e in of_request if e.event.version in case.path[1:]} if case.excluded else {}
 
 
 def _passages(store: VersionStore, entry: LedgerEntry, request_id: str) -> tuple[tuple[int, int, int], ...]:
@@ -297,7 +304,7 @@ def certify(workspace: Workspace, request_id: str, since: Path | None = None) ->
     used = _used_entries(log, case, request_id)
     received = next(e for e in used if e.event.kind == "received")
     decision, version = case.decision, _published(log, case.path[0])
-    measured = {check.version: check.comparison.after for check in checks}
+    measured, again = {check.version: check.comparison.after for check in checks}, _reworked(log, case, request_id)
     tree: dict[str, Any] = {
         "format": verify_bundle.FORMAT,
         "issued_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
@@ -310,7 +317,10 @@ def certify(workspace: Workspace, request_id: str, since: Path | None = None) ->
         "decided_by": decision.event.actor,
         "version": _version(log, version),
         "current": case.path[-1],
-        "later": [_later(log, number, measured.get(number)).model_dump(mode="json") for number in case.path[1:]],
+        "later": [
+            _later(log, number, measured.get(number), number in again).model_dump(mode="json")
+            for number in case.path[1:]
+        ],
         "passages": _passages(store, version, request_id) if case.excluded else (),
         "measured": decision.event.data if case.excluded else None,
         "answer": None if case.excluded else {name: decision.event.data.get(name) for name in Answered.model_fields},
@@ -352,7 +362,7 @@ def _version(log: _Log, entry: LedgerEntry) -> dict[str, object]:
     }
 
 
-def _later(log: _Log, number: int, measured: TextScore | None) -> LaterVersion:
+def _later(log: _Log, number: int, measured: TextScore | None, reworked: bool) -> LaterVersion:
     """A version made from it."""
     entry = _published(log, number)
     return LaterVersion(
@@ -361,6 +371,7 @@ def _later(log: _Log, number: int, measured: TextScore | None) -> LaterVersion:
         published_at=log.at(entry),
         published_by=entry.event.actor,
         measured=measured,
+        reworked=reworked,
     )
 
 

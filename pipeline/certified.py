@@ -67,6 +67,7 @@ class LaterVersion(Record):
         published_at: When.
         published_by: Who.
         measured: Score of the text on it; None where it was not measured, as with a text that was not excluded.
+        reworked: Whether its step worked on the text again; left out of the JSON where not.
     """
 
     version: int
@@ -74,6 +75,7 @@ class LaterVersion(Record):
     published_at: str
     published_by: str
     measured: TextScore | None
+    reworked: bool = False
 
 
 class Measured(Record):
@@ -263,6 +265,9 @@ class Certificate(Record):
         tree = self.model_dump(mode="json")
         if self.log.since is None:
             del tree["log"]["since"]
+        for later in tree["later"]:
+            if not later["reworked"]:
+                del later["reworked"]
         if self.erased_at is None:
             del tree["erased_at"]
         if self.request.record is None:

@@ -114,20 +114,25 @@ def passages_at(
 def earlier_spans(run: Run) -> dict[str, list[PassageSpan]]:
     """The passages that the parent was made to forget and must still not know, by request; without what was erased.
 
-    In a reinstatement also those of the same requests that are memorised where the step starts.
+    Of requests that are worked on again also those that are memorised where the step starts.
     """
     with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
         entries = ledger.entries()
     still = excluded(entries, run.plan.parent).keys() - set(run.plan.reinstates) - erased_requests(entries).keys()
     spans = {name: found for name, found in forgotten_spans(run).items() if name in still}
-    if not run.plan.reinstates:
+    if not (run.plan.reinstates or run.plan.reworks):
         return {name: found for name, found in spans.items() if name not in run.plan.requests}
     fresh, again = set(first_worked_on(run)), forget_spans(run)
     return {
-        name: sorted({*spans.get(name, ()), *again.get(name, ())}, key=lambda s: (s.prompt_start, s.start, s.end))
+        name: _united(spans.get(name, ()), again.get(name, ()))
         for name in sorted(spans.keys() | again.keys())
         if name not in fresh
     }
+
+
+def _united(*found: Sequence[PassageSpan]) -> list[PassageSpan]:
+    """All spans of a text, each once, in order."""
+    return sorted({span for spans in found for span in spans}, key=lambda s: (s.prompt_start, s.start, s.end))
 
 
 def erased_texts(run: Run) -> tuple[str, ...]:
@@ -139,11 +144,11 @@ def erased_texts(run: Run) -> tuple[str, ...]:
 
 
 def first_worked_on(run: Run) -> list[str]:
-    """Requests that a reinstatement works on for the first time: they had been repeats, or not memorised."""
+    """Requests that a step works on for the first time; in a reinstatement they had been repeats, or not memorised."""
+    if not run.plan.reinstates:
+        return [name for name in forget_spans(run) if name not in run.plan.reworks]
     with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
         states = request_states(ledger.entries())
-    if not run.plan.reinstates:
-        return []
     return [name for name in forget_spans(run) if states[name].state in ("repeat", "not-memorised")]
 
 
@@ -315,9 +320,17 @@ def reference_passages(
 
 
 def forget_spans(run: Run) -> dict[str, list[PassageSpan]]:
-    """What this step unlearns and is held to: request → memorised passages, folded requests included."""
-    screened = run.finished("screen", ScreenReport)
-    return {r.request_id: list(r.memorised) for r in screened.requests if r.memorised}
+    """What this step unlearns and is held to: request → memorised passages, folded requests included.
+
+    Of texts that are worked on again also the passages that earlier steps took out: it was a step that brought them
+    back, and the parent may reproduce none. Without a text of its own a step has nothing to do.
+    """
+    screened, again = run.finished("screen", ScreenReport).requests, set(run.plan.reworks)
+    own = {r.request_id: list(r.memorised) for r in screened if r.memorised and r.request_id not in again}
+    if not (own and again):
+        return own
+    known = forgotten_spans(run)
+    return own | {r.request_id: _united(known[r.request_id], r.memorised) for r in screened if r.request_id in again}
 
 
 def trained_spans(run: Run) -> dict[str, list[PassageSpan]]:

@@ -156,4 +156,4 @@ def _worked_on(run: Path) -> tuple[str, ...]:
         plan = Plan.model_validate_json(read_whole(run / "plan.json"))
     except (OSError, ValidationError):
         return ()
-    return (*plan.requests, *plan.reinstates)
+    return (*plan.worked_on, *plan.reinstates)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from pipeline.errors import StoreDamaged
@@ -15,7 +16,6 @@ from pipeline.files import canonical_json, explained_space
 from pipeline.merkle import merkle_root
 from pipeline.objects import ObjectStore
 from pipeline.records import Comparison, DedupeReport, Evaluation, LedgerEntry, Record, RetainExclusion
-from pipeline.runs import Run
 from pipeline.states import decisions
 
 R = TypeVar("R", bound=Record)
@@ -26,13 +26,13 @@ RECORDS = (
 """Records of a run, in the order they are made. One that needed no training ends with ``screen``."""
 
 
-def keep(run: Run, objects: ObjectStore) -> dict[str, str]:
-    """Put a run's records into the store; returns their digests by name.
+def keep(folder: Path, objects: ObjectStore) -> dict[str, str]:
+    """Put the records in a run's folder into the store; returns their digests by name.
 
     Raises:
         NoSpace: The disk is full or read-only.
     """
-    found = {name: run.folder / f"{name}.json" for name in RECORDS}
+    found = {name: folder / f"{name}.json" for name in RECORDS}
     with explained_space(objects.folder):
         return {name: objects.put_bytes(path.read_bytes()) for name, path in found.items() if path.is_file()}
 

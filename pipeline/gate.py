@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from pipeline.records import Evaluation, TextScore, Verdict
+from pipeline.records import Comparison, Evaluation, TextScore, Verdict
 from pipeline.settings import GateSettings
 
 ROUNDING = 1e-9
 """Slack for sums of float64; a limit met exactly is met."""
+
+
+def above_limit(evaluation: Evaluation, item: Comparison, limits: GateSettings) -> bool:
+    """Whether a candidate reproduces a text that is to be out more than the limits allow."""
+    return item.after.exact_memorisation > evaluation.level.mean + limits.forget_tolerance + ROUNDING
 
 
 def decide(
@@ -31,10 +36,10 @@ def decide(
     reasons = []
     ceiling = evaluation.level.mean + limits.forget_tolerance
     for item in evaluation.of("this", "earlier", "repeat", "folded"):
-        found = item.after.exact_memorisation
-        if found > ceiling + ROUNDING:
+        if above_limit(evaluation, item, limits):
             reasons.append(
-                f"{item.name} ({item.role}): exact memorisation {found:.3f} is above {ceiling:.3f} "
+                f"{item.name} ({item.role}): exact memorisation {item.after.exact_memorisation:.3f} is above "
+                f"{ceiling:.3f} "
                 f"(never-seen level {evaluation.level.mean:.3f} + {limits.forget_tolerance})."
             )
     for item in evaluation.of("reinstated"):

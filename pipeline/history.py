@@ -53,6 +53,7 @@ from pipeline.states import (
     purged_versions,
     put_back,
 )
+from pipeline.undo import reworked_in
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace
 
@@ -103,6 +104,7 @@ def step_view(workspace: Workspace, run_id: str, entries: Sequence[LedgerEntry])
         version=_version_of(run_id, entries),
         parent=plan.parent,
         left_out=plan.left_out,
+        reworks=plan.reworks,
         dedupe=needed("dedupe", DedupeReport),
         screen=needed("screen", ScreenReport),
         mask=record("saliency", MaskReport),
@@ -176,6 +178,7 @@ def _version_view(
         run_id=event.run_id,
         requests=manifest.requests if manifest else _taken_out(entries, version),
         puts_back=tuple(name for name, number in put_back(entries, version).items() if number == version),
+        reworks=reworked_in(manifest) if manifest else (),
         selected=number("selected"),
         changed=number("changed"),
         total=number("total"),

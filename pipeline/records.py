@@ -461,11 +461,11 @@ class Event(Record):
 
     Of a request: ``received``, then ``repeat``, ``folded``, ``empty``, ``not-memorised``, ``applied``, ``refused`` by a
     run, ``verified`` by a measurement, later ``regressed``, ``countered``, ``withdrawn``, ``reinstated``,
-    ``not-reinstated`` where the gate refused that, ``reopened``, ``hold``, ``released``, ``erasing``, ``erased``
-    (`pipeline.states` says what may follow what). Of a run: ``planned``, before anything is computed, with the limits;
-    then ``accepted`` or ``refused`` by the gate, or ``answered`` where nothing had to be trained. Of a version:
-    ``initialised``, ``published``, ``rolled-back``. Of the store: ``purging``, ``purged``, ``repacked``, ``sealed``. Of
-    the vault: ``rekeyed``.
+    ``not-reinstated`` where the gate refused that, ``reworked`` by a later step, ``reopened``, ``hold``, ``released``,
+    ``erasing``, ``erased`` (`pipeline.states` says what may follow what). Of a run: ``planned``, before anything is
+    computed, with the limits; then ``accepted`` or ``refused`` by the gate, or ``answered`` where nothing had to be
+    trained. Of a version: ``initialised``, ``published``, ``rolled-back``. Of the store: ``purging``, ``purged``,
+    ``repacked``, ``sealed``. Of the vault: ``rekeyed``.
     """
 
     kind: str

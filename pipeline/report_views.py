@@ -45,6 +45,7 @@ class VersionView(Record):
         run_id: Run that made it; None for v0.
         requests: Requests that it is the first to exclude.
         puts_back: Requests whose text it puts back.
+        reworks: Requests whose text was out already and that its step worked on again.
         selected: Entries inside the mask; None for v0.
         changed: Entries whose bits differ from the parent; None for v0.
         total: Entries that the mask could choose from; None for v0.
@@ -60,6 +61,7 @@ class VersionView(Record):
     run_id: str | None
     requests: tuple[str, ...]
     puts_back: tuple[str, ...] = ()
+    reworks: tuple[str, ...] = ()
     selected: int | None
     changed: int | None
     total: int | None
@@ -177,6 +179,7 @@ class StepView(Record):
         version: Version that it published; None when it published none.
         parent: Version it started from.
         left_out: Versions whose steps it left out, to put texts back.
+        reworks: Requests whose text was out already and that it worked on again.
         dedupe: Outcome of deduplication.
         screen: Outcome of screening.
         mask: The saliency mask; None where nothing was trained.
@@ -193,6 +196,7 @@ class StepView(Record):
     version: int | None
     parent: int
     left_out: tuple[int, ...] = ()
+    reworks: tuple[str, ...] = ()
     dedupe: DedupeReport
     screen: ScreenReport
     mask: MaskReport | None

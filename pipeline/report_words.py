@@ -45,6 +45,7 @@ EVENTS = {
     "withdrawn": "withdrawn",
     "reinstated": "text put back",
     "not-reinstated": "not put back: refused by the gate",
+    "reworked": "worked on again by a later step",
     "reopened": "waiting again: answered on a version not in force",
     "hold": "put on legal hold",
     "released": "released from legal hold",

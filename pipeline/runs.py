@@ -23,9 +23,18 @@ from pipeline.ledger import Ledger
 from pipeline.preflight import require_step
 from pipeline.records import Event, LedgerEntry, Record
 from pipeline.references import KINDS
+from pipeline.regress import brought_back, workable
 from pipeline.runlog import remove_run, report, timed
 from pipeline.settings import Settings
-from pipeline.states import RELEASED, decisions, in_force, published_versions, request_states, stays_out
+from pipeline.states import (
+    RELEASED,
+    decisions,
+    excluded,
+    in_force,
+    published_versions,
+    request_states,
+    stays_out,
+)
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, open_workspace
@@ -49,7 +58,9 @@ class Plan(Record):
             come back with the text that is put back.
         reinstates: Requests whose text is put back, sorted.
         left_out: Versions whose steps are left out for that, newest first.
-        commitments: Keyed digest of each request's text, in that order.
+        reworks: Requests that the parent excludes and that are worked on again beside the others, sorted: a step from
+            it that was refused brought them back (`pipeline.regress`).
+        commitments: Keyed digest of each text in `worked_on`, in that order.
         references: Keyed digest of the retain, kept and held-out texts: other ones can turn a refusal.
         settings: Resolved settings.
         code: Release that computes.
@@ -61,14 +72,27 @@ class Plan(Record):
     requests: tuple[str, ...]
     reinstates: tuple[str, ...] = ()
     left_out: tuple[int, ...] = ()
+    reworks: tuple[str, ...] = ()
     commitments: tuple[str, ...]
     references: str
     settings: Settings
     code: str
 
     @property
+    def worked_on(self) -> tuple[str, ...]:
+        """What is screened and worked on: the requests, and what is worked on again."""
+        return (*self.requests, *self.reworks)
+
+    @property
     def run_id(self) -> str:
-        return "run-" + digest_json(self.model_dump(mode="json")).removeprefix("sha256:")[:12]
+        return "run-" + digest_json(self.as_json()).removeprefix("sha256:")[:12]
+
+    def as_json(self) -> dict[str, object]:
+        """The plan as it is written: where nothing is worked on again, as releases wrote it that knew of no such."""
+        tree = self.model_dump(mode="json")
+        if not self.reworks:
+            del tree["reworks"]
+        return tree
 
 
 @dataclass(frozen=True)
@@ -175,7 +199,10 @@ def plan_run(workspace: Workspace, requests: Sequence[str] | None = None, actor:
             raise UsageError(f"Not waiting: {', '.join(unknown)}. `takedown status` lists what waits.")
         if not chosen:
             return None
-        return begin(workspace, ledger, actor, chosen)
+        again: tuple[str, ...] = ()
+        if (limits := workspace.settings().gate).fold_regressed:
+            again = brought_back(entries, VersionStore(workspace.versions).objects, limits)
+        return begin(workspace, ledger, actor, chosen, reworks=again)
 
 
 def begin(
@@ -185,6 +212,7 @@ def begin(
     requests: Sequence[str],
     reinstates: Sequence[str] = (),
     left_out: Sequence[int] = (),
+    reworks: Sequence[str] = (),
 ) -> Plan:
     """Make the folder of a run and put its plan on record; the same work that was begun before goes on.
 
@@ -202,7 +230,8 @@ def begin(
         requests=tuple(requests),
         reinstates=tuple(reinstates),
         left_out=tuple(left_out),
-        commitments=tuple(str(states[i].commitment) for i in requests),
+        reworks=tuple(reworks),
+        commitments=tuple(str(states[i].commitment) for i in (*requests, *reworks)),
         references=references_digest(workspace),
         settings=workspace.settings(),
         code=pipeline.__version__,
@@ -218,7 +247,7 @@ def begin(
                 remove_run(workspace, other)
         resumed = folder.is_dir()
         folder.mkdir(exist_ok=True)
-        write_json(folder / "plan.json", plan.model_dump(mode="json"))
+        write_json(folder / "plan.json", plan.as_json())
     if not any(e.event.kind == "planned" and e.event.run_id == plan.run_id for e in entries):
         ledger.append(_planned(plan, actor))
     report(
@@ -260,6 +289,10 @@ def outdated(entries: Sequence[LedgerEntry], plan: Plan) -> str | None:
     for name in () if plan.reinstates else plan.requests:
         if not states[name].to_do:
             return f"{name} is {'on hold' if states[name].on_hold else states[name].state} now"
+    out = excluded(entries, plan.parent) if plan.reworks else {}
+    for name in plan.reworks:
+        if name not in out or not workable(out[name]):
+            return f"{name} is {'on hold' if states[name].on_hold else states[name].state} now"
     return None
 
 
@@ -277,7 +310,8 @@ def _planned(plan: Plan, actor: str) -> Event:
             "limits": plan.settings.gate.model_dump(mode="json"),
             "code": plan.code,
         }
-        | ({"left_out": list(plan.left_out)} if plan.left_out else {}),
+        | ({"left_out": list(plan.left_out)} if plan.left_out else {})
+        | ({"reworks": len(plan.reworks)} if plan.reworks else {}),
     )
 
 

@@ -203,6 +203,10 @@ class GateSettings(Section):
     """Kept works keep at least this share of their exact memorisation in v0."""
     perplexity_rise: float = Field(0.10, ge=0)
     """Held-out perplexity rises by at most this share over v0."""
+    fold_regressed: bool = Field(False, exclude=True)
+    """Where a step was refused because it brought earlier texts back above their limit, the next step from the same
+    version works on those again, beside its own. No limit, and no part of a run's identity: which texts these are
+    stands in its plan."""
 
 
 class EvaluateSettings(Section):

@@ -81,10 +81,11 @@ def dedupe_stage(workspace_root: str, run_id: str) -> DedupeReport:
     vault = open_vault(run.workspace)
 
     def compute() -> DedupeReport:
-        requests = [vault.get(name) for name in run.plan.requests]
-        for request, commitment in zip(requests, run.plan.commitments, strict=True):
+        texts = {name: vault.get(name) for name in run.plan.worked_on}
+        for (name, request), commitment in zip(texts.items(), run.plan.commitments, strict=True):
             if vault.commitment(request.text) != commitment:
-                raise StoreDamaged(f"{request.request_id}: its text in the vault is not the one that was received.")
+                raise StoreDamaged(f"{name}: its text in the vault is not the one that was received.")
+        requests = [texts[name] for name in run.plan.requests]
         with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
             entries = ledger.entries()
         states, gone = excluded(entries, run.plan.parent), erased_requests(entries).keys()
@@ -144,7 +145,7 @@ def screen(workspace_root: str, run_id: str) -> ScreenReport:
     deduped = run.finished("dedupe", DedupeReport)
 
     def compute() -> ScreenReport:
-        found = screen_some(workspace_root, run_id, run.plan.requests)
+        found = screen_some(workspace_root, run_id, run.plan.worked_on)
         level = reference(workspace_root, run_id).level
         return ScreenReport(level=level, memorised_above=_memorised_above(run), requests=tuple(found))
 
@@ -349,8 +350,8 @@ def _merged(run: Run, mask: Mask, vector: Vector, alpha: float, names: Mapping[s
 def evaluate(workspace_root: str, run_id: str) -> Evaluation:
     """Measure parent and candidate on this step, every earlier request, kept works and held-out text.
 
-    In a reinstatement a request that stays out is an earlier one, worked on again or not, but where it is worked on for
-    the first time.
+    A request that stays out is an earlier one, worked on again or not, but where a reinstatement works on it for the
+    first time.
     """
     run = open_run(workspace_root, run_id)
     merged = run.finished("merge", MergeReport)
@@ -363,10 +364,7 @@ def evaluate(workspace_root: str, run_id: str) -> Evaluation:
         deduped = run.finished("dedupe", DedupeReport)
         verdicts = {d.request_id: d.verdict for d in deduped.decisions}
         fresh, earlier_texts = first_worked_on(run), earlier_spans(run)
-        forget = passages_at(
-            tokenizer, vault,
-            {n: s for n, s in forget_spans(run).items() if n in fresh or not run.plan.reinstates},
-        )  # fmt: skip
+        forget = passages_at(tokenizer, vault, {n: s for n, s in forget_spans(run).items() if n in fresh})
         rest = {
             name: passages_of(encode(tokenizer, name, vault.get(name).text), settings.passages)
             for name in run.plan.requests

@@ -52,8 +52,9 @@ OUT, IN = ("applied", "folded", "repeat"), ("reinstated", "regressed")
 
 HOLDS = {"hold": True, "released": False}
 """Events that put a request on legal hold and end that; its state stays."""
-ATTEMPTS: dict[str, tuple[str, ...]] = {"not-reinstated": RELEASED}
-"""Event that tells of an attempt without success → states that it may follow; its state stays."""
+NOTED: dict[str, tuple[str, ...]] = {"not-reinstated": RELEASED, "reworked": TAKEN_OUT}
+"""Event that leaves a state as it is → states that it may follow: putting the text back was refused, and a later step
+worked on it again, though it was out."""
 
 ERASURE = ("erasing", "erased")
 """Events around the destruction of a request's text and contact; its state stays. From the first on nothing may count
@@ -163,7 +164,7 @@ def _received(entry: LedgerEntry) -> RequestState | str:
 def _moved(known: RequestState | None, entry: LedgerEntry) -> RequestState | str:
     """The state after an event, or why it cannot be."""
     event = entry.event
-    if event.kind not in (*NEXT, *HOLDS, *ATTEMPTS, *ERASURE):
+    if event.kind not in (*NEXT, *HOLDS, *NOTED, *ERASURE):
         return f"{event.kind!r} is no event of a request"
     if known is None:
         return f"request {event.request_id!r} is {event.kind}, but no earlier entry received it"
@@ -171,9 +172,9 @@ def _moved(known: RequestState | None, entry: LedgerEntry) -> RequestState | str
         return known.model_copy(update={"on_hold": HOLDS[event.kind]})
     if event.kind in ERASURE:
         return known.model_copy(update={"erased": True})
-    if known.state not in (NEXT | ATTEMPTS)[event.kind]:
+    if known.state not in (NEXT | NOTED)[event.kind]:
         return f"request {event.request_id!r} is {event.kind}, but was {known.state} before"
-    if event.kind in ATTEMPTS:
+    if event.kind in NOTED:
         return known
     changes: dict[str, object] = {"state": event.kind, "decided_at": entry.at}
     if event.kind in DECISIONS:

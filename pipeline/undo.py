@@ -38,6 +38,12 @@ def left_out_of(manifest: VersionManifest) -> tuple[int, ...]:
     return tuple(v for v in listed if isinstance(v, int)) if isinstance(listed, list | tuple) else ()
 
 
+def reworked_in(manifest: VersionManifest) -> tuple[str, ...]:
+    """The requests whose text was out already and that a step worked on again."""
+    listed = manifest.report.get("reworked", ())
+    return tuple(map(str, listed)) if isinstance(listed, list | tuple) else ()
+
+
 def memorised_in(manifest: VersionManifest) -> Mapping[str, Sequence[tuple[int, int, int]]]:
     """The passages that a version was made to forget, by request: (prompt start, start, end), in tokens."""
     found = manifest.report.get("memorised", {})

@@ -41,6 +41,7 @@ from pipeline.states import (
     unfinished_purge,
 )
 from pipeline.storecheck import Depth, StoreCheck, manifest_break
+from pipeline.undo import reworked_in
 from pipeline.vault import Vault, open_vault
 from pipeline.versions import VersionStore
 from pipeline.workspace import FORMAT, Workspace, open_workspace
@@ -431,6 +432,15 @@ def _check_requests(manifests: Mapping[int, VersionManifest], entries: Entries) 
         elif event.version in manifests and event.request_id not in manifests[event.version].requests:
             found = f"request {event.request_id} is applied in v{event.version}, whose manifest does not list it"
             breaks.append(Break(where=where, found=found, means=contradicts))
+    again = {(e.event.version, e.event.request_id): e for e in entries if e.event.kind == "reworked"}
+    listed = {(version, name) for version, manifest in manifests.items() for name in reworked_in(manifest)}
+    for version, name in sorted(listed - again.keys()):
+        found = f"lists request {name} as worked on again, which no ledger entry says"
+        breaks.append(Break(where=f"v{version}", found=found, means=contradicts))
+    for key, entry in again.items():
+        if key[0] in manifests and key not in listed:
+            found = f"request {key[1]} is worked on again in v{key[0]}, whose manifest does not list it so"
+            breaks.append(Break(where=f"ledger entry {entry.seq}", found=found, means=contradicts))
     for version, manifest in manifests.items():
         for request_id in manifest.requests:
             if request_id not in received:

@@ -461,6 +461,7 @@ class Story(NamedTuple):
         gates: The gate's acceptance by version, where the certificate has it.
         plans: The plan by version, likewise.
         erased: Says that the text is gone; None where it is not.
+        reworked: Say that the step of a later version worked on the text again, by version.
         approval: Somebody approved the version; None where nobody was asked.
     """
 
@@ -473,6 +474,7 @@ class Story(NamedTuple):
     gates: dict[int, Entry]
     plans: dict[int, Entry]
     erased: Entry | None
+    reworked: dict[int, Entry]
     approval: Entry | None
 
     @property
@@ -519,13 +521,26 @@ def tell(document: Document) -> Story:
     approval = document.find("approved", run_id=version.run_id) if asked else None
     gone = "erased_at" in document.tree
     erased = document.find("erased", request_id=request_id) if gone else None
-    story = Story(start, received, planned, decision, version, tuple(path[1:]), gates, plans, erased, approval)
-    rows = (start, received, planned, decision, *path, *gates.values(), *plans.values())
+    reworked = _reworked(document, request_id, path[1:])
+    story = Story(
+        start, received, planned, decision, version, tuple(path[1:]), gates, plans, erased, reworked, approval
+    )  # fmt: skip
+    rows = (start, received, planned, decision, *path, *gates.values(), *plans.values(), *reworked.values())
     used = {e.seq for e in (*rows, *(e for e in (erased, approval) if e is not None))}
     if strangers := sorted(document.entries.keys() - used):
         raise Refused(f"log: entry {strangers[0]} has no part in this certificate: it was exchanged or mixed in.")
     _check_order(story, path)
     return story
+
+
+def _reworked(document: Document, request_id: str, later: Sequence[Entry]) -> dict[int, Entry]:
+    """The entries of later steps that worked on the text again, each of the run that published its version."""
+    found = dict[int, Entry]()
+    for entry in later:
+        kind = {"request_id": request_id, "version": entry.version, "run_id": entry.run_id}
+        if any(e.kind == "reworked" and e.version == entry.version for e in document.entries.values()):
+            found[_number(entry)] = document.find("reworked", **kind)
+    return found
 
 
 def _check_order(story: Story, path: Sequence[Entry]) -> None:
@@ -646,6 +661,7 @@ def _published(entry: Entry) -> dict[str, Any]:
 def _later(document: Document, story: Story, entry: Entry) -> dict[str, Any]:
     check = document.checks.get(_number(entry))
     return {
+        **({"reworked": True} if _number(entry) in story.reworked else {}),
         "measured": check.comparison.get("after") if check else None,
         "published_at": entry.at,
         "published_by": entry.actor,
@@ -680,7 +696,9 @@ def statement(certificate: Mapping[str, Any]) -> list[str]:
             "the run began.",
         ]
         later = [
-            f"version {v['version']} {memorisation('later', v['measured']):.3f}" for v in certificate["later"]
+            f"version {v['version']} {memorisation('later', v['measured']):.3f}"
+            + (" (its step worked on the text again)" if v.get("reworked") else "")
+            for v in certificate["later"]
         ]  # fmt: skip
         last = "the last one before its text was erased" if "erased_at" in certificate else "the one in force"
         if later:

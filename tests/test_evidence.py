@@ -94,7 +94,7 @@ def objects(tmp_path: Path) -> ObjectStore:
 
 
 def _decided(run: Run, objects: ObjectStore) -> LedgerEntry:
-    data: dict[str, object] = {"evidence": keep(run, objects)}
+    data: dict[str, object] = {"evidence": keep(run.folder, objects)}
     return _entries(_event("refused", run_id=run.run_id, data=data))[0]
 
 
@@ -104,12 +104,12 @@ def _decided(run: Run, objects: ObjectStore) -> LedgerEntry:
 def test_every_record_that_is_there_is_kept_byte_for_byte(run: Run, objects: ObjectStore) -> None:
     (run.folder / "mask.safetensors").write_bytes(b"a tensor")
     (run.folder / "notes.json").write_bytes(b"{}")
-    kept = keep(run, objects)
+    kept = keep(run.folder, objects)
     assert list(kept) == [name for name in RECORDS if name in ("plan", "dedupe", "evaluate", "gate")]
     for name, digest in kept.items():
         assert objects.read(digest) == (run.folder / f"{name}.json").read_bytes()
     assert len(objects.files()) == 4, "no tensor, and nothing that is no record"
-    assert keep(run, objects) == kept and len(objects.files()) == 4
+    assert keep(run.folder, objects) == kept and len(objects.files()) == 4
 
 
 def test_records_come_back_as_they_were(run: Run, objects: ObjectStore) -> None:
@@ -256,5 +256,5 @@ def test_a_comparison_is_found_by_name_and_role() -> None:
 
 
 def test_the_digest_of_evidence_is_that_of_the_file(run: Run, objects: ObjectStore) -> None:
-    for name, digest in keep(run, objects).items():
+    for name, digest in keep(run.folder, objects).items():
         assert digest == digest_bytes((run.folder / f"{name}.json").read_bytes())
