@@ -28,7 +28,20 @@ from flows.deadlines import (
 )
 from flows.overlaps import show_overlaps
 from flows.progress import bars
-from flows.terminal import TIME, Json, err, megabytes, number_of, opened, out, outside, say, show_json, table
+from flows.terminal import (
+    TIME,
+    Json,
+    err,
+    megabytes,
+    number_of,
+    opened,
+    out,
+    outside,
+    say,
+    show_json,
+    show_table,
+    table,
+)
 from pipeline.approval import waiting
 from pipeline.certificate import write_certificate
 from pipeline.clocks import Standing, standing
@@ -197,7 +210,7 @@ def log(context: typer.Context, as_json: Json = False) -> None:
         )
         for e in entries
     ]
-    out.print(table("Ledger", ("#", "at", "event", "actor", "request", "version", "run"), rows))
+    show_table("Ledger", ("#", "at", "event", "actor", "request", "version", "run"), rows)
     say(workspace.checkpoint.read_text(encoding="utf-8").rstrip() if workspace.checkpoint.is_file() else "")
 
 
@@ -369,7 +382,7 @@ def versions(context: typer.Context, as_json: Json = False) -> None:
     rows = [(f"v{v.version}", v.status, v.created_at.strftime(TIME),
              f"puts back {', '.join(v.puts_back)}" if v.puts_back else ", ".join(v.requests),
              f"{v.changed:,}" if v.changed is not None else "", v.root[12:24]) for v in views]  # fmt: skip
-    out.print(table("Versions", ("version", "status", "made", "excludes first", "entries changed", "root"), rows))
+    show_table("Versions", ("version", "status", "made", "excludes first", "entries changed", "root"), rows)
 
 
 @reading.command("first-version")

@@ -165,3 +165,29 @@ def test_certificate_since_a_kept_checkpoint(store: Workspace) -> None:
     assert not (store.root.parent / "again").exists()
     plain = call(store, "certificate TD-1 --out plain --json")
     assert "since" not in json.loads(plain.out)["log"]
+
+
+# --- long tables ------------------------------------------------------------------------------------------
+
+
+def test_a_long_table_is_not_folded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from flows import terminal
+
+    monkeypatch.setattr(terminal, "out", Console(highlight=False, width=40))
+    row = ("TD-1", "a[red]b\x1b", "漢字" * 30, 7)
+    terminal.show_table("Log", ("request", "what", "note", "changed"), [row] * terminal.LONG)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 40, "a short one folds to the terminal"
+    terminal.show_table("Log", ("request", "what", "note", "changed"), [row] * (terminal.LONG + 1))
+    title, head, rule, *lines = capsys.readouterr().out.splitlines()
+    assert title == "Log" and head.split() == ["request", "what", "note", "changed"] and set(rule) == {"─", " "}
+    assert lines == [f"TD-1     a[red]b\\x1b  {'漢字' * 30}        7"] * (terminal.LONG + 1)
+
+
+def test_cells_are_aligned_by_the_columns_that_they_take() -> None:
+    from flows.terminal import aligned
+
+    assert aligned("T", ("name", "x"), [("漢", "a"), ("bcdef", None)]) == (
+        "T\nname   x\n─────  ─\n漢     a\nbcdef"
+    )  # fmt: skip
