@@ -1,0 +1,108 @@
+"""The harness that kills real runs, with a handful of moments; and that it would find what it looks for."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks.kills import BOUNDARIES, cpu_seconds, ended, moments_of, outcome, records_of, shown
+from histories import array_model, make_step, start_history
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_runs_end_like_the_undisturbed_one(tmp_path: Path) -> None:
+    """Exit 1 where a run differs, computes a stage again or publishes twice."""
+    command = [
+        sys.executable, "-m", "tests.benchmarks.kills", "--moments", "4", "--seeds", "0", "--port", str(_free_port()),
+        "--json", str(tmp_path / "found.json"),
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows = json.loads((tmp_path / "found.json").read_bytes())
+    assert len(rows) == 4 and not any(r["problems"] for r in rows)
+    assert all(r["killed"] for r in rows if r["boundary"])
+
+
+def test_moments_are_boundaries_and_random_ones_and_the_same_each_time() -> None:
+    found = moments_of(40, 0)
+    assert found == moments_of(40, 0) != moments_of(40, 1)
+    assert [m.boundary for m in found[:20]] == [*BOUNDARIES, *BOUNDARIES[: 20 - len(BOUNDARIES)]]
+    assert all(not m.boundary and 0 < m.share < 1 for m in found[20:])
+
+
+def test_a_process_is_killed_by_its_cpu_time() -> None:
+    if (pid := os.fork()) == 0:
+        while True:
+            pass
+    seen = list[float]()
+
+    def watch(cpu: float) -> bool:
+        seen.append(cpu)
+        return cpu >= 0.05
+
+    assert cpu_seconds(pid) >= 0
+    assert ended(pid, watch) is None
+    assert seen == sorted(seen) and seen[-1] >= 0.05
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_an_exit_code_is_told(code: int) -> None:
+    if (pid := os.fork()) == 0:
+        os._exit(code)
+    assert ended(pid) == code
+
+
+def test_a_signal_of_its_own_is_a_kill() -> None:
+    if (pid := os.fork()) == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert ended(pid) is None
+
+
+def test_two_histories_of_other_weights_differ(tmp_path: Path) -> None:
+    """What is compared would show other weights and another order of events."""
+    workspace = start_history(tmp_path / "ws", array_model(tmp_path / "model"))
+    make_step(workspace, "A")
+    first = outcome(workspace.root)
+    assert first == outcome(workspace.root) and first["breaks"] == []
+    make_step(workspace, "B")
+    second = outcome(workspace.root)
+    changed = {name for name in first if first[name] != second[name]}
+    assert changed >= {"events", "states", "manifests", "contents", "index", "vault"}
+
+
+def test_records_are_named_as_stages(tmp_path: Path) -> None:
+    for name in ("plan", "screened/D", "gate"):
+        path = tmp_path / "runs" / "run-0" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    assert set(records_of(tmp_path)) == {"plan", "screened/D", "gate"}
+
+
+def test_the_table_counts_by_stage() -> None:
+    rows = [
+        {"stage": "screen", "boundary": "screen", "problems": []},
+        {"stage": "screen", "boundary": "", "problems": ["events: differs"]},
+        {"stage": "published", "boundary": "", "problems": []},
+    ]
+    page = io.StringIO()
+    Console(file=page, width=120).print(shown(rows))
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in page.getvalue().splitlines() if "|" in line]
+    assert lines[2:] == [
+        ["screen", "1", "1", "1 / 2"], ["published", "0", "1", "1 / 1"], ["all", "1", "2", "2 / 3"]
+    ]  # fmt: skip
