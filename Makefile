@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 
 INTEROP := .venv-interop
 
-.PHONY: demo test interop bench clean
+.PHONY: demo check test test-all interop bench clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,12 +17,21 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m flows.demo
 
-## Lint, types, tests.
-test: $(STAMP)
+## Lint and types.
+check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+
+## Lint, types, and the tests that are not marked slow.
+test: check
+	$(PYTEST) -m 'not slow'
+
+## Lint, types, and every test, as CI runs them: some 25 minutes on two cores.
+test-all: check
+	$(PYTEST)
 
 ## Signed model folders against the public OpenSSF tool, in an environment of its own.
 interop: $(STAMP)
