@@ -1,25 +1,31 @@
 """Workers of Dask and Ray: where they are, and searching a corpus on them.
 
 In: how many local workers to start, or the address of others in the environment. Out: a function that searches a list
-of pieces somewhere. Never: Dask or Ray imported without being asked for; a worker that needs a file of this machine.
+of pieces somewhere. Never: Dask or Ray imported without being asked for; a worker that needs a file of this machine; an
+error of whoever uses the function taken for one of the workers'.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from pipeline.corpus import Piece
 from pipeline.errors import Interrupted, UsageError
 from pipeline.fingerprints import FingerprintSet
-from pipeline.scan import Rule, find
+from pipeline.scan import Copy, Rule, Stretch, find
 
 Cluster = Literal["dask", "ray"]
 
 Place = tuple[str | None, dict[str, Any]]
 """Address of a cluster that is there, or None and how to start one on this machine."""
+
+Results = list[Copy | Stretch]
+
+Search = Callable[[Sequence[Piece]], Callable[[], Results]]
+"""Hands pieces to a worker; what it gives waits for what `find` makes of them."""
 
 
 def dask_place(workers: int) -> Place:
@@ -39,10 +45,8 @@ def ray_place(workers: int) -> Place:
 
 
 @contextmanager
-def searching_on(
-    cluster: Cluster, prints: FingerprintSet, rule: Rule, workers: int
-) -> Iterator[tuple[Callable[[Sequence[Piece]], Any], int]]:
-    """Give a function that hands pieces to a worker and returns a future of what `find` makes of them.
+def searching_on(cluster: Cluster, prints: FingerprintSet, rule: Rule, workers: int) -> Iterator[tuple[Search, int]]:
+    """Give a function that hands pieces to a worker and returns one that waits for the result.
 
     The fingerprints are sent to each worker once.
 
@@ -57,13 +61,10 @@ def searching_on(
 
     Raises:
         UsageError: The extra is not installed.
-        Interrupted: The cluster cannot be reached, or lost a worker too often.
+        Interrupted: The cluster cannot be reached, or lost a worker too often; also from the two functions.
     """
-    try:
-        with (_dask if cluster == "dask" else _ray)(prints, rule, workers) as search:
-            yield search
-    except ImportError as error:
-        raise missing(cluster) from error
+    with (_dask if cluster == "dask" else _ray)(prints, rule, workers) as search:
+        yield search
 
 
 def missing(cluster: Cluster) -> UsageError:
@@ -74,44 +75,69 @@ def missing(cluster: Cluster) -> UsageError:
     )
 
 
-def _lost(error: Exception) -> Interrupted:
-    return Interrupted(
-        f"The workers failed ({type(error).__name__}). Nothing found so far is lost with --out: run the same command "
-        "again when they are there and have memory."
-    )
+@contextmanager
+def _on_workers(*failures: type[Exception]) -> Iterator[None]:
+    """What is done inside fails because of the workers; what uses their results is outside."""
+    try:
+        yield
+    except failures as error:
+        raise Interrupted(
+            f"The workers failed ({type(error).__name__}). Nothing found so far is lost with --out: run the same "
+            "command again when they are there, with this release, and have memory."
+        ) from error
+
+
+def _search(submit: Callable[[Sequence[Piece]], Any], *failures: type[Exception]) -> Search:
+    """A search by a function that returns a future; each library has a kind of its own."""
+
+    def search(pieces: Sequence[Piece]) -> Callable[[], Results]:
+        with _on_workers(*failures):
+            future = submit(pieces)
+
+        def result() -> Results:
+            with _on_workers(*failures):
+                found: Results = future.result()
+            return found
+
+        return result
+
+    return search
 
 
 @contextmanager
-def _dask(prints: FingerprintSet, rule: Rule, workers: int) -> Iterator[tuple[Callable[[Sequence[Piece]], Any], int]]:
-    from distributed import Client
-    from distributed.client import FutureCancelledError
-    from distributed.scheduler import KilledWorker
-
+def _dask(prints: FingerprintSet, rule: Rule, workers: int) -> Iterator[tuple[Search, int]]:
+    try:
+        from distributed import Client
+        from distributed.client import FutureCancelledError
+        from distributed.scheduler import KilledWorker
+    except ImportError as error:
+        raise missing("dask") from error
     address, local = dask_place(workers)
-    try:
-        with Client(address, set_as_default=False, **local) as client:
+    # A timeout and a lost connection are OSErrors; a worker without this package cannot import it.
+    failures = (OSError, ImportError, KilledWorker, FutureCancelledError)
+    with ExitStack() as stack:
+        with _on_workers(*failures):
+            client = stack.enter_context(Client(address, set_as_default=False, **local))
             sent = client.scatter(prints, broadcast=True)
-            yield lambda pieces: client.submit(find, pieces, sent, rule, pure=False), len(client.nthreads())
-    except (OSError, KilledWorker, FutureCancelledError) as error:  # a timeout and a lost connection are OSErrors
-        raise _lost(error) from error
+            count = len(client.nthreads())
+        yield _search(lambda pieces: client.submit(find, pieces, sent, rule, pure=False), *failures), max(count, 1)
 
 
 @contextmanager
-def _ray(prints: FingerprintSet, rule: Rule, workers: int) -> Iterator[tuple[Callable[[Sequence[Piece]], Any], int]]:
+def _ray(prints: FingerprintSet, rule: Rule, workers: int) -> Iterator[tuple[Search, int]]:
     address, local = ray_place(workers)
-    import ray
-    from ray.exceptions import RayError
-
     try:
+        import ray
+        from ray.exceptions import RayError
+    except ImportError as error:
+        raise missing("ray") from error
+    with _on_workers(Exception):  # it has no kind of its own for a node that does not start in time
         ray.init(address=address, log_to_driver=False, **local)
-    except Exception as error:  # it has no kind of its own for a node that does not start in time
-        raise _lost(error) from error
+    failures = (RayError, ConnectionError)
     try:
-        try:
-            sent, search = ray.put(prints), ray.remote(find)
+        with _on_workers(*failures):
+            sent, remote = ray.put(prints), ray.remote(find)
             count = int(ray.cluster_resources().get("CPU", 1))
-            yield lambda pieces: search.remote(pieces, sent, rule).future(), max(count, 1)
-        finally:
-            ray.shutdown()
-    except (RayError, ConnectionError) as error:
-        raise _lost(error) from error
+        yield _search(lambda pieces: remote.remote(pieces, sent, rule).future(), *failures), max(count, 1)
+    finally:
+        ray.shutdown()

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, reduction
@@ -20,15 +20,14 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from pipeline.children import begin_child
-from pipeline.clusters import searching_on
+from pipeline.clusters import Results, Search, searching_on
 from pipeline.corpus import Piece
 from pipeline.errors import Interrupted
 from pipeline.fingerprints import FingerprintSet
-from pipeline.scan import Copy, Rule, Stretch, find
+from pipeline.scan import Rule, find
 from pipeline.settings import Runner
 
 T = TypeVar("T")
-Results = list[Copy | Stretch]
 
 _AHEAD = 2
 """Lists per worker that are read ahead."""
@@ -51,26 +50,24 @@ def searching(
         Interrupted: A worker process died, or the cluster cannot be reached.
     """
     if runner != "threads":
-        with searching_on(runner, prints, rule, workers) as (submit, count):
-            yield lambda batches: _in_order(submit, batches, _AHEAD * count)
+        with searching_on(runner, prints, rule, workers) as (search, count):
+            yield lambda batches: _in_order(search, batches, _AHEAD * count)
     elif workers == 1:
         yield lambda batches: ((label, find(pieces, prints, rule)) for label, pieces in batches)
     else:
-        with _processes(prints, rule, workers) as submit:
-            yield lambda batches: _in_order(submit, batches, _AHEAD * workers)
+        with _processes(prints, rule, workers) as search:
+            yield lambda batches: _in_order(search, batches, _AHEAD * workers)
 
 
 @contextmanager
-def _processes(
-    prints: FingerprintSet, rule: Rule, workers: int
-) -> Iterator[Callable[[Sequence[Piece]], Future[Results]]]:
+def _processes(prints: FingerprintSet, rule: Rule, workers: int) -> Iterator[Search]:
     """Processes of this machine."""
     # Not forked: this process has threads, and what they hold would stay locked in the copies.
     with tempfile.TemporaryFile() as file:
         shared: Any = _Shared(prints, file)  # a `FingerprintSet` where it arrives
         pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(shared, rule))
         try:
-            yield lambda pieces: pool.submit(_find, pieces)
+            yield lambda pieces: pool.submit(_find, pieces).result
         except BrokenProcessPool as error:
             raise Interrupted(
                 "A worker process died, perhaps for want of memory. Nothing found so far is lost with --out: run the "
@@ -80,17 +77,15 @@ def _processes(
             pool.shutdown(cancel_futures=True)
 
 
-def _in_order(
-    submit: Callable[[Sequence[Piece]], Any], batches: Iterable[tuple[T, Sequence[Piece]]], ahead: int
-) -> Iterator[tuple[T, Results]]:
-    waiting: deque[tuple[T, Any]] = deque()  # futures, each library has its own
+def _in_order(search: Search, batches: Iterable[tuple[T, Sequence[Piece]]], ahead: int) -> Iterator[tuple[T, Results]]:
+    waiting: deque[tuple[T, Callable[[], Results]]] = deque()
     for label, pieces in batches:
-        waiting.append((label, submit(pieces)))
+        waiting.append((label, search(pieces)))
         if len(waiting) > ahead:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    for first, future in waiting:
-        yield first, future.result()
+            first, result = waiting.popleft()
+            yield first, result()
+    for first, result in waiting:
+        yield first, result()
 
 
 class _Shared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from tampered.calls import Answer, takedown
 from workspaces import take_in
 
-from pipeline import corpus, scan, search
+from pipeline import clusters, corpus, scan, search
 from pipeline.corpus import Piece, corpus_files
 from pipeline.errors import Interrupted, StoreDamaged, UsageError, WorkspaceBusy
 from pipeline.fingerprints import CORPUS_PARAMETERS, FingerprintSet
@@ -31,6 +32,7 @@ from pipeline.requests import note as put_on_record
 from pipeline.scan import BRIDGED_WORDS, WITHIN_WORDS, Copy, Rule, counting, find, scan_documents
 from pipeline.search import PART, STATE, Outcome, claimed_works, find_copies
 from pipeline.shingles import shingle
+from pipeline.workers import searching
 from pipeline.workspace import Workspace
 
 STOCK = [a + b + c for a in ("bar", "lo", "mi", "tren", "su") for b in ("den", "ga", "vel", "ri", "", "kos") for c in
@@ -334,6 +336,36 @@ def test_a_missing_extra_is_told(some: Path, tmp_path: Path, runner: str, monkey
     monkeypatch.setitem(sys.modules, {"dask": "distributed", "ray": "ray"}[runner], None)
     with pytest.raises(UsageError, match=rf'pip install "takedown-pipeline\[{runner}\]"'):
         searched(some, tmp_path / "hits", runner=runner)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad"), ImportError("no reader")])
+def test_what_fails_beside_the_workers_is_not_theirs(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk must be told as such: the way out is another one."""
+    pytest.importorskip("distributed")
+    place = (None, {"n_workers": 1, "processes": False, "dashboard_address": None})
+    monkeypatch.setattr(clusters, "dask_place", lambda workers: place)
+    prints = FingerprintSet.of([("w", WORK)], (), 3)
+    with pytest.raises(type(error)) as raised, searching(prints, Rule(hits=1), 1, "dask") as search:
+        (done,) = search([("label", [])])
+        assert done == ("label", [])
+        raise error
+    assert raised.value is error
+
+
+def test_a_worker_without_this_package_is_no_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed")
+
+    def find(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'pipeline'")
+
+    place = (None, {"n_workers": 1, "processes": False, "dashboard_address": None})
+    monkeypatch.setattr(clusters, "dask_place", lambda workers: place)
+    monkeypatch.setattr(clusters, "find", find)
+    with (
+        pytest.raises(Interrupted, match="workers failed"),
+        searching(FingerprintSet.of([("w", WORK)], (), 3), Rule(hits=1), 1, "dask") as search,
+    ):
+        list(search([("label", [])]))
 
 
 class Stop(Exception):
