@@ -256,8 +256,9 @@ def show_step(workspace: Workspace, view: Any) -> None:
     rows = []
     for found in view.screen.requests:
         memorised = f"{len(found.memorised)}/{found.passages}"
-        if found.request_id in view.reworks:
-            rows.append((found.request_id, "worked on again", "", "", memorised, f"{found.exact_memorisation:.3f}"))
+        if found.request_id not in decisions:  # out already, and planned to be worked on again beside the others
+            answer = "worked on again" if found.request_id in view.reworks else "nothing to do"
+            rows.append((found.request_id, answer, "", "", memorised, f"{found.exact_memorisation:.3f}"))
             continue
         decision = decisions[found.request_id]
         other = decision.evidence[0].request_id if decision.evidence and decision.verdict != "fresh" else ""

@@ -124,11 +124,12 @@ def leave_artifacts(workspace: str, run_id: str, publication: Publication) -> No
     """Leave a summary and a table in Prefect for people; the ledger is the record."""
     run = open_run(workspace, run_id)
     version = f"v{publication.version}" if publication.version is not None else "none"
+    again = run.plan.reworks if publication.outcome != "nothing" else ()
     create_markdown_artifact(
         key=run_id,
         markdown=f"# {run_id}\n\n- outcome: **{publication.outcome}**\n- parent: v{run.plan.parent}\n"
         f"- version: {version}\n- requests: {', '.join(run.plan.requests)}\n"
-        + (f"- worked on again: {', '.join(run.plan.reworks)}\n" if run.plan.reworks else ""),
+        + (f"- worked on again: {', '.join(again)}\n" if again else ""),
         description="Takedown step",
     )
     if publication.outcome != "nothing":

@@ -104,7 +104,7 @@ def step_view(workspace: Workspace, run_id: str, entries: Sequence[LedgerEntry])
         version=_version_of(run_id, entries),
         parent=plan.parent,
         left_out=plan.left_out,
-        reworks=plan.reworks,
+        reworks=plan.reworks if trained else (),
         dedupe=needed("dedupe", DedupeReport),
         screen=needed("screen", ScreenReport),
         mask=record("saliency", MaskReport),

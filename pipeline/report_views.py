@@ -179,7 +179,7 @@ class StepView(Record):
         version: Version that it published; None when it published none.
         parent: Version it started from.
         left_out: Versions whose steps it left out, to put texts back.
-        reworks: Requests whose text was out already and that it worked on again.
+        reworks: Requests whose text was out already and that it worked on again; none where it trained nothing.
         dedupe: Outcome of deduplication.
         screen: Outcome of screening.
         mask: The saliency mask; None where nothing was trained.

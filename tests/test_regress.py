@@ -10,7 +10,8 @@ from histories import array_model, entries_of, make_step, prepare_step, publish,
 from typer.testing import CliRunner
 from workspaces import WORKS, copied, new_workspace, step, take_in, toml, with_settings
 
-from flows.cli import app
+from flows.cli import app, show_step
+from flows.terminal import out
 from pipeline.certificate import render, write_certificate
 from pipeline.decide import approve
 from pipeline.erase import erase
@@ -23,7 +24,7 @@ from pipeline.regress import brought_back
 from pipeline.report import render as render_report
 from pipeline.requests import note
 from pipeline.rollback import roll_back
-from pipeline.runs import outdated, plan_run, undecided
+from pipeline.runs import Plan, outdated, plan_run, undecided
 from pipeline.settings import GateSettings, Settings
 from pipeline.states import decisions, request_states
 from pipeline.undo import memorised_in, reworked_in
@@ -153,13 +154,25 @@ def test_an_interrupted_one_goes_on_to_the_same_bytes(
     assert len([e for e in entries_of(workspace) if e.event.kind == "reworked"]) == 1
 
 
-def test_a_step_without_a_text_of_its_own_trains_nothing(refused: Workspace, tmp_path: Path) -> None:
+def test_a_step_without_a_text_of_its_own_trains_nothing(
+    refused: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workspace = copied(refused.root, tmp_path / "ws")
     workspace.settings_file.write_text(toml(FOLDING))
     take_in(workspace, "batch-3", {"C": "a few words that the model never saw and that nobody recites to it " * 3})
     outcome = step(workspace, ["C"])
     assert outcome is not None and outcome.outcome == "nothing"
     assert states(workspace)["C"] == ("not-memorised", 1)
+    run_id, entries = last_run(workspace), entries_of(workspace)
+    plan = recall(VersionStore(workspace.versions).objects, decisions(entries)[run_id], "plan", Plan)
+    assert plan is not None and plan.reworks == ("A",)
+    view = step_view(workspace, run_id, entries)
+    assert view.reworks == () and view.mask is None, "planned, and not done"
+    assert "which a refused candidate brought back" not in render_report(lineage_view(workspace, []))
+    monkeypatch.setattr(out, "_width", 200)
+    with out.capture() as shown:
+        show_step(workspace, view)
+    assert "worked on again" not in shown.get() and "nothing to do" in shown.get()
 
 
 def test_what_is_put_on_hold_meanwhile_outdates_it(refused: Workspace, tmp_path: Path) -> None:
