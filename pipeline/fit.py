@@ -44,7 +44,8 @@ class Fit:
         put_back: Passages of reinstated texts with the predictions of the model that the step starts from, of which as
             many are held to as of retain passages; empty but in a reinstatement.
         target: Exact memorisation that counts as forgotten.
-        earlier: Passages that earlier steps took out, for methods that keep them out.
+        earlier: Passages that earlier steps took out and that are not among those to forget, for methods that keep them
+            out.
     """
 
     model: nn.Module

@@ -117,10 +117,12 @@ class Workbench:
         self.model, self.mask, self.texts, self.settings = model, mask, texts, settings
         self.salient = SalientWeights(target_weights(model), mask)
         self.target = level.mean + settings.calibrate.margin
+        # What is worked on again is among both: what is pushed down must not be held where it is by the same fit.
+        trained = set(texts.trained)
         self.fit = Fit(
             model, self.salient, texts.trained, texts.anchor, settings.unlearn, pad_id,
             settings.runtime.batch_tokens, settings.runtime.seed, progress, texts.put_back, self.target,
-            [p for found in texts.earlier.values() for p in found],
+            [p for found in texts.earlier.values() for p in found if p not in trained],
         )  # fmt: skip
         # What the strength must spare, in equal parts. Held-out text alone would not notice that a text the model
         # knows by heart, and is to keep, is lost.

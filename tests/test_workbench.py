@@ -80,3 +80,15 @@ def test_uwc_is_not_undone_by_a_repair(network: tuple[nn.Module, Any]) -> None:
 def test_uwc_without_retain_text_is_wrong_use(network: tuple[nn.Module, Any]) -> None:
     with pytest.raises(UsageError, match=r"calibrate\.control = uwc: needs retain text"):
         workbench(network, {}, control="uwc").fitted()
+
+
+def test_what_is_worked_on_again_is_not_held_where_it_is(network: tuple[nn.Module, Any]) -> None:
+    """A text that is out already and worked on again is measured as an earlier one, and trained on."""
+    net, tokenizer = network
+    settings = Settings.model_validate(with_settings())
+    new, again, out = (passages_of(encode(tokenizer, n, WORKS[n]), settings.passages) for n in ("one", "two", "three"))
+    level = NeverSeenLevel(mean=0.35, std=0.07, passages=30, source="held-out")
+    texts = StepTexts({"one": new, "two": again[:2]}, [*new, *again[:2]], {"two": again, "three": out})
+    bench = Workbench(net, everything(target_weights(net)).mask, texts, level, settings, 0)
+    assert bench.fit.earlier == [*again[2:], *out]
+    assert bench.texts.earlier == {"two": again, "three": out}, "strengths are measured on all of it"
