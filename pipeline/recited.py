@@ -127,12 +127,17 @@ def recited_passages(model: nn.Module, tokenizer: Any, count: int, length: int, 
         model: The model.
         tokenizer: Its tokenizer.
         count: Openings that it is let go on from.
-        length: Tokens of a passage.
+        length: Tokens of a passage; fewer where the model has no place for so many.
         max_tokens: Most tokens in a forward pass.
 
     Returns:
-        Passages scored from their second token on, under the names ``recited/0001`` …
+        Passages scored from their second token on, under the names ``recited/0001`` …; none where that is less than a
+        `RUN`, by which they are told apart.
     """
+    # With learned positions a longer text would be an index behind their table.
+    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    if length < RUN:
+        return []
     pad = pad_id(tokenizer)
     texts: Sequence[Sequence[int]] = openings(model, tokenizer, count, max_tokens)
     for end in sorted({min(GLANCE, length), length}):

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 from workspaces import HELDOUT, WORKS
 
+from pipeline import recited
 from pipeline.anchor import NO_ANCHOR, Anchor, build_anchor, retain_passages
 from pipeline.fit import Fit, Trace
 from pipeline.losses import log_odds
@@ -284,6 +286,30 @@ def test_a_model_recites_its_works_by_itself(memory: tuple[nn.Module, Any, list[
     runs = {t for p in found for t in zip(*(p.ids[i:] for i in range(RUN)), strict=False)}
     taught = [{t for p in text for t in zip(*(p.ids[i:] for i in range(RUN)), strict=False)} for text in texts]
     assert all(runs & work for work in taught)  # word for word what it was taught; chance gives none
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_no_more_is_written_than_the_model_has_places_for(bos: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned positions end; and what is shorter than a run cannot be told apart, so that nothing is written."""
+
+    class Words:
+        bos_token_id, eos_token_id, pad_token_id, all_special_ids = 0, 0, None, (0,)
+
+        def __len__(self) -> int:
+            return 70  # the model's table is padded to 80
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [0, 5] if bos else [5]}
+
+    sizes = {"n_positions": 24, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    torch.manual_seed(0)
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=80, bos_token_id=0, eos_token_id=0, **sizes)).eval()
+    monkeypatch.setattr(recited, "SURE", 99.0)  # nothing was learned, so it is sure of nothing
+    found = recited_passages(net, Words(), 50, 40, 64)
+    assert found and {len(p.ids) for p in found} == {24}
+    assert all((p.ids[0] == 0) == bos and max(p.ids[: 2 + bos]) < 70 for p in found)
+    for length in range(2, RUN):
+        assert recited_passages(net, Words(), 50, length, 64) == []
 
 
 def test_distinct_drops_loops_and_what_was_said() -> None:
