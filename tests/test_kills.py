@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.kills import BOUNDARIES, cpu_seconds, ended, moments_of, outcome, records_of, shown
+from benchmarks import kills
+from benchmarks.kills import BOUNDARIES, Moment, Undisturbed, cpu_seconds, ended, moments_of, outcome, records_of, shown
 from histories import array_model, make_step, start_history
 from rich.console import Console
 
@@ -92,6 +93,30 @@ def test_records_are_named_as_stages(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     assert set(records_of(tmp_path)) == {"plan", "screened/D", "gate"}
+
+
+@pytest.mark.parametrize("again_in", [2, 3])
+def test_a_stage_that_is_computed_again_is_found_after_either_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again_in: int
+) -> None:
+    (tmp_path / "start").mkdir()
+    calls = list[int]()
+
+    def started(workspace: Path, *_: object) -> int:
+        calls.append(len(calls) + 1)
+        path = workspace / "runs" / "run-0" / "screen.json"
+        if calls[-1] in (1, again_in):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name("new").write_text("{}")
+            path.with_name("new").rename(path)
+        return calls[-1]
+
+    monkeypatch.setattr(kills, "started", started)
+    monkeypatch.setattr(kills, "ended", lambda pid, watch=None: None if pid < 3 else 0)
+    monkeypatch.setattr(kills, "stage_of", lambda workspace: "screen")
+    monkeypatch.setattr(kills, "outcome", lambda workspace: {})
+    found = kills.survive(tmp_path / "start", tmp_path, Moment(share=0.5), Undisturbed(0, 1, {}), 0.5)
+    assert found["problems"] == ["computed again: screen"] and found["killed"] == 2
 
 
 def test_the_table_counts_by_stage() -> None:

@@ -285,10 +285,11 @@ def survive(start: Path, work: Path, moment: Moment, whole: Undisturbed, again: 
     first = started(workspace, batch, log, moment.boundary)
     code = ended(first) if moment.boundary else ended(first, at(moment.share))
     found: Tree = {"stage": stage_of(workspace), "killed": int(code is None), "problems": []}
+    before = records_of(workspace)
     if code is None and again is not None:
         code = ended(started(workspace, batch, log), at(again))
         found["killed"] += int(code is None)
-    before = records_of(workspace)
+        before = records_of(workspace) | before  # the first file of each
     if code is None:
         code = ended(started(workspace, batch, log))
     if code != 0:
