@@ -55,8 +55,8 @@ METHOD_DEFAULTS: Mapping[MethodName, Mapping[str, Any]] = {
     "unlikelihood-kl": {**_BESIDE, "anchor_weight": 4.0},
     "obliviate": _ALONE,
     "short-context": {
-        **_ALONE, "anchor_weight": 16.0, "recited_openings": 4096, "iterations": 48, "learning_rate": 1.5e-4,
-        "learning_rate_end": 0.1,
+        **_ALONE, "anchor_weight": 16.0, "anchor_pool": 1024, "recited_openings": 4096, "iterations": 48,
+        "learning_rate": 1.5e-4, "learning_rate_end": 0.1,
     },
 }  # fmt: skip
 """By method, keys of `pipeline.settings.UnlearnSettings`."""
