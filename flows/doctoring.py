@@ -11,6 +11,7 @@ import tempfile
 import urllib.request
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from http.client import HTTPException
 from pathlib import Path
 
 import typer
@@ -42,21 +43,21 @@ def doctor(context: typer.Context, as_json: Json = False) -> None:
     """
     workspace = opened(context)
     findings = [f for what, check in checks(workspace, datetime.now(UTC)).items() for f in examined(what, check)]
-    settings = _settings(workspace)
-    findings += examined("device", lambda: check_device(settings))
     needed: Estimate | None = None
-    try:
-        needed = estimate(workspace, read_entries(workspace))
-        findings += check_room(needed, PROGRAM_BYTES)
-    except (TakedownError, OSError) as error:
-        told = str(error).splitlines()[0]
-        findings.append(Finding(status="problem", what="estimate", found=told, remedy="takedown verify says more."))
+    if (settings := _settings(workspace)) is not None:
+        findings += examined("device", lambda: check_device(settings))
+        try:
+            needed = estimate(workspace, read_entries(workspace))
+            findings += check_room(needed, PROGRAM_BYTES)
+        except (TakedownError, OSError) as error:
+            told = str(error).splitlines()[0]
+            findings.append(Finding(status="problem", what="estimate", found=told, remedy="takedown verify says more."))
     home = Path(os.environ.get("PREFECT_HOME") or prefect_home(workspace.root))
     places = {"temporary files": free_disk(Path(tempfile.gettempdir())), "Prefect": free_disk(home)}
     findings += check_places(places)
     findings += check_prefect({"PREFECT_API_URL": os.environ.get("PREFECT_API_URL", ""),
                                "takedown serve": served_at(workspace.root)})  # fmt: skip
-    findings += check_flows(workspace)
+    findings += examined("flow runs", lambda: check_flows(workspace))
     bad = any(finding.status == "problem" for finding in findings)
     if as_json:
         show_json({"sound": not bad, "findings": findings, "estimate": needed})
@@ -70,12 +71,12 @@ def doctor(context: typer.Context, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _settings(workspace: Workspace) -> Settings:
-    """The settings, or the defaults where they cannot be read: that is a finding of its own."""
+def _settings(workspace: Workspace) -> Settings | None:
+    """The settings; None where they cannot be read, which is a finding of its own: of defaults nothing is told."""
     try:
         return workspace.settings()
-    except TakedownError:
-        return Settings()
+    except (TakedownError, OSError):
+        return None
 
 
 def show_estimate(needed: Estimate) -> None:
@@ -120,7 +121,7 @@ def _server_version(address: str) -> str:
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/admin/version", timeout=3.0) as answer:
             return plain(str(json.load(answer)))
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):
         return "unknown"
 
 

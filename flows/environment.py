@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 QUIET = {
@@ -30,7 +31,7 @@ def server_answers(api_url: str, timeout_s: float = 3.0) -> bool:
     try:
         with urllib.request.urlopen(f"{api_url.rstrip('/')}/health", timeout=timeout_s) as answer:
             return bool(answer.status == 200)
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):  # the last: a port that is none, or something else listens there
         return False
 
 

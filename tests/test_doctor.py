@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -307,6 +308,24 @@ def test_prefect(server: str) -> None:
     assert "secret" not in configured.found
 
 
+def test_what_is_no_prefect_server_is_a_finding() -> None:
+    """A port that is none, and a service that speaks something else."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"SSH-2.0-other\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"http://127.0.0.1:{other.getsockname()[1]}/api"
+        assert "does not answer" in only(doctoring.check_prefect({"PREFECT_API_URL": address})).found
+        thread.join()
+    assert only(doctoring.check_prefect({"PREFECT_API_URL": "http://127.0.0.1:port/api"})).status == "problem"
+
+
 def test_flow_runs_that_died(ws: Workspace) -> None:
     assert only(doctoring.check_flows(ws)).status == "ok"
     alive = ws.root / "prefect" / "alive"
@@ -366,3 +385,19 @@ def test_the_command_exits_with_1_on_a_problem(
     found = {f["what"]: f["status"] for f in json.loads(capfd.readouterr().out)["findings"]}
     assert found["permissions"] == found["clock"] == found["estimate"] == "problem"
     assert found["file system"] == "ok"
+
+
+def test_settings_that_cannot_be_read_are_one_finding(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    ws.settings_file.write_text("[runtime]\ndevice = 7\n")
+    assert call("-w", str(ws.root), "doctor", "--json") == 1
+    found = {f["what"]: f for f in json.loads(capfd.readouterr().out)["findings"] if f["status"] == "problem"}
+    assert found.keys() == {"settings"} and found["settings"]["remedy"] == "Correct takedown.toml."
+    ws.settings_file.unlink()
+    ws.settings_file.mkdir()
+    assert call("-w", str(ws.root), "doctor", "--json") == 1
+    found = {f["what"]: f["status"] for f in json.loads(capfd.readouterr().out)["findings"]}
+    assert found["settings"] == "problem" and found["flow runs"] == "ok", "everything else is looked at"
