@@ -23,10 +23,10 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from pipeline.display import plain, size_words
 from pipeline.dropfolder import REASON
-from pipeline.errors import TakedownError
+from pipeline.errors import InvalidInput, TakedownError
 from pipeline.files import TEMPORARY, fsync_folder, place, put_in_place, write_atomic
 from pipeline.history import read_entries
-from pipeline.keys import LOG_KEY, MODEL_KEY
+from pipeline.keys import LOG_KEY, MODEL_KEY, load_log_key, load_model_key
 from pipeline.preflight import Estimate, shortages
 from pipeline.records import LedgerEntry, Record
 from pipeline.resources import Room, lock_holder
@@ -35,6 +35,7 @@ from pipeline.runs import AWAITING
 from pipeline.settings import Settings
 from pipeline.states import decisions, request_states
 from pipeline.storecheck import Depth
+from pipeline.vault import open_vault
 from pipeline.verify import verify
 from pipeline.workspace import Workspace, lock_note
 
@@ -77,6 +78,7 @@ def checks(workspace: Workspace, now: datetime) -> dict[str, Check]:
         "packages": check_packages,
         "settings": lambda: check_settings(workspace),
         "permissions": lambda: check_permissions(workspace),
+        "keys": lambda: check_keys(workspace),
         "file system": lambda: check_file_system(workspace.root),
         "evidence": lambda: check_evidence(workspace),
         "write lock": lambda: check_lock(workspace, now),
@@ -177,6 +179,32 @@ def check_permissions(workspace: Workspace) -> list[Finding]:
             remedy = "Run takedown as its owner, or hand the workspace over with chown."
             findings.append(Finding(status="warning", what="permissions", found=told, remedy=remedy))
     return findings or [Finding(status="ok", what="permissions", found="vault and keys are their owner's alone")]
+
+
+def check_keys(workspace: Workspace) -> list[Finding]:
+    """What a run signs with, and what opens the vault: there, belonging together, and fitting what is kept."""
+
+    def opens() -> None:
+        try:
+            vault = open_vault(workspace)
+        except InvalidInput:  # which key is not known; a finding of its own
+            return
+        vault.master()
+        next(vault.requests(), None)  # one is enough to see another key
+
+    tried: dict[str, Callable[[], object]] = {
+        "the log's": lambda: load_log_key(workspace.keys), "the models'": lambda: load_model_key(workspace.keys),
+        "the vault's": opens,
+    }  # fmt: skip
+    findings = []
+    for what, attempt in tried.items():
+        try:
+            attempt()
+        except TakedownError as error:
+            remedy = "Restore it from a backup; without it nothing can be added here."
+            told = f"{what}: {str(error).splitlines()[0]}"
+            findings.append(Finding(status="problem", what="keys", found=told, remedy=remedy))
+    return findings or [Finding(status="ok", what="keys", found=f"{', '.join(tried)} serve")]
 
 
 def check_file_system(root: Path) -> list[Finding]:

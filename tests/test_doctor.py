@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from histories import array_model, entries_of, prepare_step, publish, start_history
+from workspaces import draw_text, take_in
 
 from flows import cli, doctoring
 from pipeline import doctor
@@ -122,6 +123,19 @@ def test_a_key_elsewhere_is_looked_at(ws: Workspace, tmp_path: Path) -> None:
 def test_another_owner(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: ws.root.stat().st_uid + 1)
     assert {f.status for f in doctor.check_permissions(ws)} == {"warning"}
+
+
+@pytest.mark.parametrize(("name", "whose"), [("log.key", "log"), ("model.key", "models"), ("vault.key", "vault")])
+def test_a_key_that_is_missing_or_another(ws: Workspace, name: str, whose: str) -> None:
+    take_in(ws, "batch", {"A": draw_text("A", 30)})
+    assert only(doctor.check_keys(ws)).found == "the log's, the models', the vault's serve"
+    (ws.keys / name).unlink()
+    found = only(doctor.check_keys(ws))
+    assert found.status == "problem" and found.found.startswith(f"the {whose}") and name in found.found
+    if name == "vault.key":
+        (ws.keys / name).write_text("0" * 64 + "\n")
+        (ws.keys / name).chmod(0o600)
+        assert "needs the master key" in only(doctor.check_keys(ws)).found
 
 
 def test_file_system(ws: Workspace) -> None:
@@ -360,8 +374,8 @@ def test_the_command(ws: Workspace, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert call("-w", str(ws.root), "doctor", "--json") == 0
     found = json.loads(capfd.readouterr().out)
     assert found["sound"] and {f["status"] for f in found["findings"]} <= {"ok", "warning"}
-    assert {"Python", "packages", "permissions", "file system", "evidence", "write lock", "runs", "inbox", "clock",
-            "device", "memory", "disk", "Prefect", "flow runs"} <= {f["what"] for f in found["findings"]}  # fmt: skip
+    assert {"Python", "packages", "permissions", "keys", "file system", "evidence", "write lock", "runs", "inbox",
+            "clock", "device", "memory", "disk", "Prefect", "flow runs"} <= {f["what"] for f in found["findings"]}  # fmt: skip
     assert [s["stage"] for s in found["estimate"]["need"]["stages"]][-1] == "publish"
     assert found["estimate"]["seconds"] == {} and found["estimate"]["runs"] == 0, "a time is never invented"
     assert everything(ws.root) == before, "read-only"
