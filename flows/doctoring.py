@@ -27,6 +27,7 @@ from pipeline.history import read_entries
 from pipeline.patience import is_locked
 from pipeline.preflight import Estimate, estimate
 from pipeline.resources import free_disk
+from pipeline.runs import reusable_bytes
 from pipeline.settings import Settings
 from pipeline.workspace import Workspace
 
@@ -47,7 +48,8 @@ def doctor(context: typer.Context, as_json: Json = False) -> None:
     if (settings := _settings(workspace)) is not None:
         findings += examined("device", lambda: check_device(settings))
         try:
-            needed = estimate(workspace, read_entries(workspace))
+            entries = read_entries(workspace)
+            needed = estimate(workspace, entries, reusable_bytes(workspace, entries))
             findings += check_room(needed, PROGRAM_BYTES)
         except (TakedownError, OSError) as error:
             told = str(error).splitlines()[0]

@@ -111,6 +111,11 @@ class StepNeed(Record):
     stages: tuple[StageNeed, ...]
     disk_bytes: int
 
+    def after(self, *finished: str) -> StepNeed:
+        """What is left when some stages are finished; those before them are not run again."""
+        done = max((i for i, s in enumerate(self.stages) if s.stage in finished), default=-1)
+        return self.model_copy(update={"stages": self.stages[done + 1 :]})
+
     @property
     def peak(self) -> StageNeed:
         """The stage that needs most memory."""

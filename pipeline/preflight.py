@@ -39,7 +39,7 @@ class Estimate(Record):
         need: Bytes by stage, and on disk.
         memory_bytes: What is left; None where nobody says.
         memory_source: Who says so.
-        disk_bytes: Room left in the workspace.
+        disk_bytes: Room left in the workspace, with what the next run removes or has already.
         seconds: Stage → median seconds of the recorded runs of this lineage; a stage that none had is not in it.
         runs: How many those are.
     """
@@ -70,8 +70,13 @@ def _written_out(workspace: Workspace, entries: Sequence[LedgerEntry], version: 
     return not all(store.objects.is_whole(f.digest) for f in weights)
 
 
-def estimate(workspace: Workspace, entries: Sequence[LedgerEntry]) -> Estimate:
+def estimate(workspace: Workspace, entries: Sequence[LedgerEntry], reusable: int = 0) -> Estimate:
     """What a step from the version in force needs.
+
+    Args:
+        workspace: Where.
+        entries: The ledger's.
+        reusable: Bytes of runs that the next one removes, or goes on with.
 
     Raises:
         TakedownError: Settings, manifest or table of tensors cannot be read.
@@ -82,12 +87,13 @@ def estimate(workspace: Workspace, entries: Sequence[LedgerEntry]) -> Estimate:
         processes=_processes(settings),
     )  # fmt: skip
     memory, times = memory_for(settings), recorded_times(workspace)
+    disk = free_disk(workspace.runs).nbytes
     return Estimate(
         version=version,
         need=need,
         memory_bytes=memory.nbytes,
         memory_source=memory.source,
-        disk_bytes=free_disk(workspace.runs).nbytes,
+        disk_bytes=None if disk is None else disk + reusable,
         seconds={stage: times.seconds[stage] for stage in STAGES if stage in times.seconds},
         runs=times.runs,
     )
@@ -139,7 +145,12 @@ def shortages(need: StageNeed, memory: Room, disk_need: int, disk: Room) -> list
 
 
 def require_step(
-    workspace: Workspace, entries: Sequence[LedgerEntry], version: int, starts_anew: bool = False, freed: int = 0
+    workspace: Workspace,
+    entries: Sequence[LedgerEntry],
+    version: int,
+    folder: Path,
+    starts_anew: bool = False,
+    reusable: int = 0,
 ) -> None:
     """Refuse a step that memory or disk cannot suffice for, before anything is changed.
 
@@ -147,8 +158,9 @@ def require_step(
         workspace: Where.
         entries: The ledger's.
         version: Version that it starts from.
+        folder: That of its run; of stages that it has records of nothing is needed.
         starts_anew: Whether it writes a start of its own, as a reinstatement does.
-        freed: Bytes that the step's begin removes, or that it has there already.
+        reusable: Bytes that the step's begin removes, or that it has there already.
 
     Raises:
         NotEnough: With everything that is short.
@@ -160,8 +172,14 @@ def require_step(
         return  # told by what reads the version
     settings = workspace.settings()
     need = step_need(size, settings, restores=restores, processes=_processes(settings))
-    short = shortages(need.peak, memory_for(settings), need.disk_bytes - freed, free_disk(workspace.runs))
+    peak = need.after(*(stage for stage in STAGES if has_finished(folder, stage))).peak
+    short = shortages(peak, memory_for(settings), need.disk_bytes - reusable, free_disk(workspace.runs))
     _decide(workspace, None, short, "Nothing was begun or changed; the requests keep waiting.")
+
+
+def has_finished(folder: Path, stage: str) -> bool:
+    """Whether a run has the record of a stage."""
+    return (folder / f"{'screen' if stage == 'screening' else stage}.json").is_file()
 
 
 def require_stage(

@@ -237,9 +237,8 @@ def begin(
         code=pipeline.__version__,
     )
     folder = workspace.runs / plan.run_id
-    kept = {folder, *(workspace.runs / other.run_id for other in undecided(workspace, entries))}
-    there = [f for f in workspace.runs.glob("*") if f == folder or f not in kept]
-    require_step(workspace, entries, parent, bool(left_out), sum(map(_own_bytes, there)))
+    kept = {folder, *_held(workspace, entries)}
+    require_step(workspace, entries, parent, folder, bool(left_out), reusable_bytes(workspace, entries, folder))
     with explained_space(folder):
         workspace.runs.mkdir(exist_ok=True)  # an empty folder does not survive every copy of a workspace
         for other in workspace.runs.iterdir():
@@ -255,6 +254,23 @@ def begin(
         requests=list(plan.requests), reinstates=list(plan.reinstates),
     )  # fmt: skip
     return plan
+
+
+def reusable_bytes(workspace: Workspace, entries: Sequence[LedgerEntry], resumed: Path | None = None) -> int:
+    """Bytes of the runs that the next one removes or goes on with: all but those that wait for approval.
+
+    Args:
+        workspace: Where.
+        entries: The ledger's.
+        resumed: Folder of the run that is to go on, which may be one of those.
+    """
+    kept = _held(workspace, entries) - {resumed}
+    return sum(_own_bytes(folder) for folder in workspace.runs.glob("*") if folder not in kept)
+
+
+def _held(workspace: Workspace, entries: Sequence[LedgerEntry]) -> set[Path | None]:
+    """Folders of the runs that wait for approval."""
+    return {workspace.runs / plan.run_id for plan in undecided(workspace, entries)}
 
 
 def _own_bytes(folder: Path) -> int:

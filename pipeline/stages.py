@@ -46,7 +46,7 @@ from pipeline.models import (
     shared_model,
 )
 from pipeline.passages import Passage, encode, pad_id, passages_of
-from pipeline.preflight import require_stage
+from pipeline.preflight import has_finished, require_stage
 from pipeline.progress import Counter, tell
 from pipeline.records import (
     Calibration,
@@ -156,9 +156,12 @@ def prepare_screen(workspace_root: str, run_id: str) -> None:
     """Make what the step starts from a model folder, before several processes want it at once.
 
     Raises:
-        NotEnough: Memory cannot suffice for the stages that follow.
+        NotEnough: Memory cannot suffice for screening.
     """
-    _require(open_run(workspace_root, run_id), "screening")
+    run = open_run(workspace_root, run_id)
+    start_folder(run)
+    if not has_finished(run.folder, "screening"):
+        _require(run, "screening")
 
 
 def _require(run: Run, stage: str, selected: int | None = None) -> None:

@@ -19,7 +19,7 @@ from pipeline.files import append_line
 from pipeline.preflight import estimate, require_stage, version_size
 from pipeline.resources import Room, free_disk, free_memory, lock_holder
 from pipeline.runlog import archive, read_events
-from pipeline.runs import plan_run
+from pipeline.runs import plan_run, reusable_bytes
 from pipeline.settings import Settings
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, writing
@@ -211,6 +211,43 @@ def test_a_run_that_goes_on_needs_no_room_for_what_it_has(ws: Workspace, monkeyp
     needed = estimate(ws, entries_of(ws)).need.disk_bytes
     monkeypatch.setattr(preflight, "free_disk", lambda folder: Room(needed - 9_000_000, "/disk"))
     assert prepare_step(ws, ["A"], submit=False) == run_id
+
+
+def test_a_run_that_goes_on_needs_no_memory_for_stages_that_are_finished(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = prepare_step(ws, ["A"])
+    need = {s.stage: s.memory_bytes for s in estimate(ws, entries_of(ws)).need.stages}
+    assert need["publish"] < need["evaluate"] < need["repair"]
+    monkeypatch.setattr(preflight, "free_memory", lambda: Room(need["publish"], "left"))
+    with writing(ws):
+        assert plan_run(ws) is not None, "only publishing is left"
+        (ws.runs / run_id / "evaluate.json").unlink()
+        with pytest.raises(NotEnough, match="evaluate needs about"):
+            plan_run(ws)
+
+
+def test_a_run_that_is_screened_already_is_not_refused_for_screening(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waits for approval is gone through by every scheduled run."""
+    from pipeline.stages import prepare_screen
+
+    run_id = prepare_step(ws, ["A"])
+    monkeypatch.setattr(preflight, "free_memory", lambda: Room(0, "left"))
+    prepare_screen(str(ws.root), run_id)
+    (ws.runs / run_id / "screen.json").unlink()
+    with pytest.raises(NotEnough, match="screening needs about"):
+        prepare_screen(str(ws.root), run_id)
+
+
+def test_an_estimate_counts_the_room_that_the_next_run_makes(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "free_disk", lambda folder: Room(1000, "/disk"))
+    abandoned = ws.runs / "run-0123456789ab"
+    abandoned.mkdir()
+    (abandoned / "left.bin").write_bytes(bytes(5000))
+    entries = entries_of(ws)
+    assert estimate(ws, entries, reusable_bytes(ws, entries)).disk_bytes == 6000
 
 
 def test_a_stage_is_refused_by_what_is_known_by_then(
