@@ -31,7 +31,7 @@ from pipeline.preflight import Estimate, shortages
 from pipeline.records import LedgerEntry, Record
 from pipeline.resources import Room, lock_holder
 from pipeline.runlog import read_events
-from pipeline.runs import AWAITING
+from pipeline.runs import AWAITING, undecided
 from pipeline.settings import Settings
 from pipeline.states import decisions, request_states
 from pipeline.storecheck import Depth
@@ -48,6 +48,8 @@ UNDECIDED = timedelta(days=7)
 """A run that waits longer for approval may have been forgotten."""
 SPARE_DISK = 1 << 30
 """Bytes below which a file system that only holds Prefect's database or temporary files is worth a look."""
+
+UNKNOWN = "this system does not say"
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -292,7 +294,7 @@ def check_lock(workspace: Workspace, now: datetime) -> list[Finding]:
     """Who writes, and since when. The kernel frees a dead process's lock, so that only a living one can be stuck."""
     held = lock_holder(workspace.root / ".lock")
     if held is None:
-        return [Finding(status="ok", what="write lock", found="unknown: this system does not say who holds it")]
+        return [Finding(status="ok", what="write lock", found=f"unknown: {UNKNOWN} who holds it")]
     if not held:
         return [Finding(status="ok", what="write lock", found="free")]
     who, since = lock_note(workspace)
@@ -307,19 +309,26 @@ def check_runs(workspace: Workspace, entries: Sequence[LedgerEntry], now: dateti
     """Runs that were begun and not ended while nobody works on them, and decisions that nobody takes."""
     decided, states = decisions(entries), request_states(entries)
     asked = {str(e.event.run_id): e.at for e in entries if e.event.kind == AWAITING}
+    approved = {str(e.event.run_id) for e in entries if e.event.kind == "approved"}
+    held = {plan.run_id for plan in undecided(workspace, entries)}  # not what was overtaken: the next run removes it
     busy, findings = lock_holder(workspace.root / ".lock"), []
     for folder in sorted(workspace.runs.glob("run-*")):
         if folder.name in decided or not (folder / "plan.json").is_file():
             continue
         if folder.name in asked:
-            if now - asked[folder.name] > UNDECIDED:
+            if folder.name in approved & held and not busy:
+                told = f"{folder.name}: was approved and is not published"
+                remedy = "takedown run publishes it."
+                findings.append(Finding(status="warning", what="runs", found=told, remedy=remedy))
+            elif folder.name in held - approved and now - asked[folder.name] > UNDECIDED:
                 told = f"{folder.name}: waits for approval since {asked[folder.name]:%Y-%m-%d}"
                 remedy = "takedown review; then approve or refuse it."
                 findings.append(Finding(status="warning", what="runs", found=told, remedy=remedy))
         elif not busy:
             last = next((e for e in reversed(read_events(folder / "log.jsonl")) if "event" in e), {})
             when = f", last heard of at {plain(str(last.get('at', '')))}" if last else ""
-            told = f"{folder.name}: was begun and not ended, and nobody works on it{when}"
+            nobody = ", and nobody works on it" if busy is False else f"; {UNKNOWN} whether somebody works on it"
+            told = f"{folder.name}: was begun and not ended{nobody}{when}"
             remedy = "takedown run continues it; its log says what stopped it."
             findings.append(Finding(status="warning", what="runs", found=told, remedy=remedy))
     waiting = sum(s.to_do for s in states.values())

@@ -195,7 +195,7 @@ def test_lock(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert only(doctor.check_lock(ws, NOW)).found.startswith("unknown")
 
 
-def test_runs(ws: Workspace) -> None:
+def test_runs(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert only(doctor.check_runs(ws, entries_of(ws), NOW)).found == "none is stuck; 0 requests wait"
     run_id = prepare_step(ws, ["A"])
     stuck = only(doctor.check_runs(ws, entries_of(ws), NOW))
@@ -203,6 +203,9 @@ def test_runs(ws: Workspace) -> None:
     assert ", last heard of at 20" in stuck.found
     with writing(ws):
         assert only(doctor.check_runs(ws, entries_of(ws), NOW)).status == "ok", "somebody may be at work on it"
+    monkeypatch.setattr(doctor, "lock_holder", lambda path: None)
+    unknown = only(doctor.check_runs(ws, entries_of(ws), NOW))
+    assert "not ended; this system does not say whether somebody works on it" in unknown.found
     publish(ws, run_id)
     assert only(doctor.check_runs(ws, entries_of(ws), NOW)).status == "ok"
 
@@ -216,6 +219,20 @@ def test_a_run_that_nobody_decides_on(ws: Workspace) -> None:
     assert only(doctor.check_runs(ws, entries_of(ws), NOW)).status == "ok"
     late = only(doctor.check_runs(ws, entries_of(ws), NOW + timedelta(days=8)))
     assert late.status == "warning" and late.found.startswith(f"{run_id}: waits for approval since")
+
+
+def test_a_run_that_was_approved_or_overtaken_waits_for_nobody(ws: Workspace) -> None:
+    from pipeline.ledger import Ledger
+
+    run_id, later = prepare_step(ws, ["A"]), NOW + timedelta(days=8)
+    with writing(ws), Ledger.open(ws.ledger) as ledger:
+        ledger.append(Event(kind=AWAITING, actor="t", run_id=run_id, version=0))
+        ledger.append(Event(kind="approved", actor="t", run_id=run_id, version=0))
+    stopped = only(doctor.check_runs(ws, entries_of(ws), later))
+    assert stopped.found == f"{run_id}: was approved and is not published"
+    with writing(ws), Ledger.open(ws.ledger) as ledger:
+        ledger.append(Event(kind="hold", actor="t", request_id="A"))
+    assert only(doctor.check_runs(ws, entries_of(ws), later)).status == "ok", "review lists it no more"
 
 
 def test_inbox(ws: Workspace) -> None:
@@ -374,8 +391,23 @@ def test_the_command(ws: Workspace, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert call("-w", str(ws.root), "doctor", "--json") == 0
     found = json.loads(capfd.readouterr().out)
     assert found["sound"] and {f["status"] for f in found["findings"]} <= {"ok", "warning"}
-    assert {"Python", "packages", "permissions", "keys", "file system", "evidence", "write lock", "runs", "inbox",
-            "clock", "device", "memory", "disk", "Prefect", "flow runs"} <= {f["what"] for f in found["findings"]}  # fmt: skip
+    assert {
+        "Python",
+        "packages",
+        "permissions",
+        "keys",
+        "file system",
+        "evidence",
+        "write lock",
+        "runs",
+        "inbox",
+        "clock",
+        "device",
+        "memory",
+        "disk",
+        "Prefect",
+        "flow runs",
+    } <= {f["what"] for f in found["findings"]}
     assert [s["stage"] for s in found["estimate"]["need"]["stages"]][-1] == "publish"
     assert found["estimate"]["seconds"] == {} and found["estimate"]["runs"] == 0, "a time is never invented"
     assert everything(ws.root) == before, "read-only"
