@@ -328,9 +328,17 @@ class LoggingSettings(Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     """``debug`` also has each request that is screened, and stages that were finished before."""
-    destination: str = Field("run", min_length=1)
+    destination: str = "run"
     """``run``: kept with the run, in ``runs/<id>/log.jsonl``, later in ``reports/logs/``; ``stderr``; or a file, from
-    the workspace on or absolute, that everything is added to. Times of earlier runs are known from ``run`` alone."""
+    the workspace on or absolute, that everything is added to: its name ends in ``.log`` or ``.jsonl``, as that of no
+    ledger, key or checkpoint does. Times of earlier runs are known from ``run`` alone."""
+
+    @field_validator("destination")
+    @classmethod
+    def _is_no_evidence(cls, place: str) -> str:
+        if place not in ("run", "stderr") and Path(place).suffix not in (".log", ".jsonl"):
+            raise ValueError('is not "run", "stderr" or a file whose name ends in .log or .jsonl')
+        return place
 
 
 class Clock(Section):
@@ -387,9 +395,8 @@ class Settings(Section):
     runtime: RuntimeSettings = RuntimeSettings()
     serve: ServeSettings = Field(ServeSettings(), exclude=True)
     logging: LoggingSettings = Field(LoggingSettings(), exclude=True)
-    """Decides no outcome, so it is not part of a run's identity."""
-    """Decides no outcome, so it is not part of a run's identity; nor do deadlines."""
     deadlines: DeadlineSettings = Field(DeadlineSettings(), exclude=True)
+    """Decides no outcome, so it is not part of a run's identity; nor do those of ``serve`` and ``logging``."""
 
 
 def read_settings(path: Path) -> Settings:
@@ -408,6 +415,10 @@ def read_settings(path: Path) -> Settings:
         return Settings.model_validate(tree)
     except ValidationError as error:
         raise InvalidInput(
-            Problem(f"{path}: {'.'.join(str(p) for p in e['loc'])}", e["msg"], "See pipeline/settings.py for all keys.")
+            Problem(
+                f"{path}: {'.'.join(str(p) for p in e['loc'])}",
+                e["msg"].removeprefix("Value error, "),
+                "See pipeline/settings.py for all keys.",
+            )
             for e in error.errors()
         ) from error

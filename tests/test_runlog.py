@@ -19,6 +19,7 @@ from flows import cli
 from pipeline import patience
 from pipeline.answers import publish as answer
 from pipeline.erase import erase
+from pipeline.errors import InvalidInput
 from pipeline.files import append_line
 from pipeline.history import lineage_view
 from pipeline.patience import writing_in_turn
@@ -164,6 +165,13 @@ def test_level_and_destination_are_settings(ws: Workspace, place: str, capfd: py
     text = capfd.readouterr().err if place == "stderr" else (ws.root / place).read_text()
     (line,) = text.splitlines()
     assert json.loads(line).items() >= {"event": "hot", "degrees": 40, "level": "warning", "run": run_id}.items()
+
+
+@pytest.mark.parametrize("place", ["", "checkpoint", "ledger.db", "keys/log.key", "reports"])
+def test_evidence_is_no_place_for_a_log(ws: Workspace, place: str) -> None:
+    ws.settings_file.write_text(f'[logging]\ndestination = "{place}"\n')
+    with pytest.raises(InvalidInput, match=r'logging\.destination: is not "run", "stderr" or a file'):
+        ws.settings()
 
 
 def test_level_and_destination_do_not_make_another_run(ws: Workspace) -> None:
