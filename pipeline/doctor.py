@@ -50,6 +50,8 @@ SPARE_DISK = 1 << 30
 """Bytes below which a file system that only holds Prefect's database or temporary files is worth a look."""
 
 UNKNOWN = "this system does not say"
+SEEN = ", as far as is seen from here"
+"""Of locks: those of other containers, and of other machines, are not."""
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -296,7 +298,7 @@ def check_lock(workspace: Workspace, now: datetime) -> list[Finding]:
     if held is None:
         return [Finding(status="ok", what="write lock", found=f"unknown: {UNKNOWN} who holds it")]
     if not held:
-        return [Finding(status="ok", what="write lock", found="free")]
+        return [Finding(status="ok", what="write lock", found=f"free{SEEN}")]
     who, since = lock_note(workspace)
     if since is not None and now - since > LONG:
         remedy = "If it does not work any more, end that process; the next run continues."
@@ -327,7 +329,7 @@ def check_runs(workspace: Workspace, entries: Sequence[LedgerEntry], now: dateti
         elif not busy:
             last = next((e for e in reversed(read_events(folder / "log.jsonl")) if "event" in e), {})
             when = f", last heard of at {plain(str(last.get('at', '')))}" if last else ""
-            nobody = ", and nobody works on it" if busy is False else f"; {UNKNOWN} whether somebody works on it"
+            nobody = f", and nobody works on it{SEEN}" if busy is False else f"; {UNKNOWN} whether somebody works on it"
             told = f"{folder.name}: was begun and not ended{nobody}{when}"
             remedy = "takedown run continues it; its log says what stopped it."
             findings.append(Finding(status="warning", what="runs", found=told, remedy=remedy))

@@ -190,7 +190,7 @@ def append_line(path: Path, data: bytes) -> None:
     """Add to a file in one call, so that lines of several processes do not mix; no power cut is thought of: for logs.
 
     Raises:
-        OSError: It cannot be written, or is no regular file of ours.
+        OSError: It cannot be written, or is a link.
     """
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     try:

@@ -73,7 +73,11 @@ def _of_groups(proc: Path, cgroups: Path) -> Iterator[Room]:
 
 
 def lock_holder(path: Path, proc: Path = PROC) -> bool | None:
-    """Whether a process holds a kernel lock (flock) of a file, without taking it; None where nobody says."""
+    """Whether a process holds a kernel lock (flock) of a file, without taking it; None where nobody says.
+
+    Only processes that can be seen from here: the kernel tells a container nothing of those outside of it, and no
+    machine of those on another that has the same network file system.
+    """
     locks = _text(proc / "locks")
     try:
         found = path.stat()
