@@ -13,13 +13,11 @@ import pytest
 
 from pipeline.errors import StoreDamaged
 from pipeline.evidence import (
-    DECIDED,
     RECORDS,
     all_evidence,
     check_leaf,
     check_leaves,
     checks_root,
-    decisions,
     evidence_of,
     find_check,
     keep,
@@ -40,6 +38,7 @@ from pipeline.records import (
 )
 from pipeline.runs import Plan, Run
 from pipeline.settings import Settings
+from pipeline.states import DECIDED, decisions
 from pipeline.workspace import Workspace
 
 AT = datetime(2026, 11, 23, 9, 0, tzinfo=UTC)
