@@ -24,6 +24,9 @@ POLL_S = 0.5
 LONGEST_WAIT_S = 7 * 86400.0
 """Longest wait of somebody urgent: as good as for ever, and a number in JSON."""
 
+URGENT = ".urgent"
+"""Empty file of the workspace whose kernel lock says that somebody urgent waits."""
+
 STAGE = "waiting"
 """Under this name `pipeline.progress` tells who is waited for."""
 
@@ -78,7 +81,7 @@ def standing_first(workspace: Workspace) -> Iterator[None]:
 
     Any number of processes at a time, and one as often as it likes.
     """
-    fd = _open(workspace)
+    fd = os.open(workspace.root / URGENT, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH)
         yield
@@ -88,7 +91,11 @@ def standing_first(workspace: Workspace) -> Iterator[None]:
 
 def _somebody_first(workspace: Workspace) -> bool:
     """Whether somebody urgent stands first."""
-    return is_locked(_open(workspace))
+    try:
+        fd = os.open(workspace.root / URGENT, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:  # nobody ever did; who only asks leaves nothing behind
+        return False
+    return is_locked(fd)
 
 
 def is_locked(fd: int) -> bool:
@@ -123,7 +130,3 @@ def only_one(lock: Path) -> Iterator[bool]:
             yield True
     finally:
         os.close(fd)
-
-
-def _open(workspace: Workspace) -> int:
-    return os.open(workspace.root / ".urgent", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

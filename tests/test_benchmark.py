@@ -33,6 +33,8 @@ from pipeline.models import load_model, target_weights
 from pipeline.settings import DedupeSettings, PassageSettings
 from pipeline.training import TrainingSettings
 
+pytestmark = pytest.mark.slow  # models are trained, methods run; test_benchmarking and test_benchmark_page are quick
+
 TINY = TrainingSettings(
     vocabulary=300, width=32, layers=1, heads=2, feed_forward=48, context=48, batch=4, max_steps=12, check_every=4,
 )  # fmt: skip
@@ -527,7 +529,6 @@ def test_cost_counts_tokens_and_memory(model: Path) -> None:
     assert meter.cost.tokens == 42  # only what happens inside
 
 
-@pytest.mark.slow
 def test_the_retrained_reference_is_the_ideal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmarking.in_this_process(monkeypatch)
     torch.set_num_threads(1)

@@ -50,7 +50,7 @@ what one machine brings well below the limit of memorised text stays just above 
 _made: dict[str, Workspace] = {}
 
 
-pytestmark = pytest.mark.usefixtures("one_model")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_model")]
 
 
 @pytest.fixture

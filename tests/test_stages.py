@@ -331,6 +331,7 @@ def test_never_seen_texts_need_no_version(fresh: Workspace) -> None:
     assert plan_run(fresh) is None
 
 
+@pytest.mark.slow
 def test_refused_requests_wait_and_are_worked_on_again(fresh: Workspace) -> None:
     fresh.settings_file.write_text(workspaces.toml(workspaces.with_settings(gate={"kept_share": 1.0})))
     take_in(fresh, "batch", {"A": WORKS["one"], "C": UNSEEN})
@@ -375,6 +376,7 @@ def test_requests_can_be_worked_on_one_by_one(fresh: Workspace) -> None:
     assert states(fresh) == {"A": "waiting", "C": "not-memorised"}
 
 
+@pytest.mark.slow
 def test_repeat_that_is_still_reproduced_is_taken_out_again(tmp_path: Path, model: Path) -> None:
     workspace = copied(workspaces.published(model.parent), tmp_path / "ws")
     # What v1 still gets right by chance now counts as memorised: some passages of the repeat are to be unlearned.
@@ -418,6 +420,7 @@ def test_same_inputs_give_the_same_bytes(lineage: Lineage, fresh: Workspace) -> 
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(lineage: Lineage, fresh: Workspace) -> None:
     fresh.settings_file.write_text(workspaces.toml(workspaces.with_settings(runtime={"seed": 1})))
     take_in(fresh, "batch", BATCH_1)
@@ -447,6 +450,7 @@ def test_lora_publishes_inside_the_mask(fresh: Workspace, tmp_path: Path) -> Non
     assert recited_by_hand(tmp_path / "v1", WORKS["one"]) <= ceiling
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_bfloat16(tmp_path: Path, model: Path) -> None:
     source = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(model).to(torch.bfloat16).save_pretrained(source)
@@ -632,6 +636,7 @@ def test_crash_inside_each_stage_is_continued_to_the_same_bytes(lineage: Lineage
     assert root_of(fresh) == root_of(lineage.workspace)
 
 
+@pytest.mark.slow
 def test_crash_between_store_and_ledger_publishes_once(
     lineage: Lineage, fresh: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -649,6 +654,7 @@ def test_crash_between_store_and_ledger_publishes_once(
     assert verify(fresh) == []
 
 
+@pytest.mark.slow
 def test_crash_between_store_and_ledger_then_other_settings(fresh: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     take_in(fresh, "batch", BATCH_1)
     crash_in_the_last_append(fresh, monkeypatch)
@@ -659,6 +665,7 @@ def test_crash_between_store_and_ledger_then_other_settings(fresh: Workspace, mo
     assert verify(fresh) == []  # nothing of the orphan is left
 
 
+@pytest.mark.slow
 def test_crash_behind_the_ledger_loses_nothing(fresh: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     take_in(fresh, "batch", BATCH_1)
     with monkeypatch.context() as patch:
@@ -695,6 +702,7 @@ def test_workspace_can_be_moved_between_stages(fresh: Workspace, tmp_path: Path,
     assert root_of(moved) == root_of(lineage.workspace)
 
 
+@pytest.mark.slow
 def test_other_reference_texts_are_another_run(fresh: Workspace) -> None:
     """A refusal depends on what is to be kept; with other kept texts it must not be replayed."""
     fresh.settings_file.write_text(workspaces.toml(workspaces.with_settings(gate={"kept_share": 1.0})))
@@ -763,6 +771,7 @@ def test_what_could_not_be_checked_is_recorded(tmp_path: Path, model: Path) -> N
     assert [str(text).split(":")[0] for text in event.data["unchecked"]] == ["Works to be kept", "Held-out text"]
 
 
+@pytest.mark.slow
 def test_fixed_strength_is_not_applied_again_after_the_repair(fresh: Workspace) -> None:
     fresh.settings_file.write_text(workspaces.toml(workspaces.with_settings(calibrate={"fixed_alpha": 2.0})))
     take_in(fresh, "batch", {"A": WORKS["one"]})
@@ -879,6 +888,7 @@ def test_a_run_without_training_leaves_what_it_has_as_evidence(fresh: Workspace)
     assert view.screen is not None and view.evaluation is None and view.verdict is None
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_evidence_too(fresh: Workspace) -> None:
     fresh.settings_file.write_text(workspaces.toml(workspaces.with_settings(gate={"kept_share": 1.0})))
     take_in(fresh, "batch", {"A": WORKS["one"]})
@@ -897,6 +907,7 @@ def test_a_refused_run_leaves_evidence_too(fresh: Workspace) -> None:
 # --- versions are deltas ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_versions_of_a_run_are_kept_as_deltas_within_the_settings(
     lineage: Lineage, tmp_path: Path, model: Path
 ) -> None:
@@ -943,6 +954,7 @@ def indexed(workspace: Workspace) -> set[str]:
         return set(index.ids())
 
 
+@pytest.mark.slow
 def test_what_a_rollback_brought_back_is_worked_on_again(tmp_path: Path, model: Path) -> None:
     workspace = copied(workspaces.published(model.parent), tmp_path / "ws")
     assert indexed(workspace) == {"A", "B"}
@@ -968,6 +980,7 @@ def test_what_a_rollback_brought_back_is_worked_on_again(tmp_path: Path, model: 
     assert recited_by_hand(tmp_path / "v2", WORKS["one"]) <= ceiling
 
 
+@pytest.mark.slow
 def test_the_same_batch_after_a_rollback_is_another_run(fresh: Workspace) -> None:
     """Same parent, same requests, same settings, same texts: only the history tells the two runs apart."""
     take_in(fresh, "batch", {"A": WORKS["one"]})
@@ -1009,6 +1022,7 @@ def test_a_withdrawn_request_is_checked_no_more_and_its_copy_is_no_repeat(tmp_pa
     assert verify(workspace) == []
 
 
+@pytest.mark.slow
 def test_a_countered_request_stays_out_and_is_still_checked(tmp_path: Path, model: Path) -> None:
     workspace = copied(workspaces.published(model.parent), tmp_path / "ws")
     note(workspace, event("countered", "A"))
@@ -1023,6 +1037,7 @@ def test_a_countered_request_stays_out_and_is_still_checked(tmp_path: Path, mode
     assert {c.name for c in evaluation.of("earlier")} == {"B", "D"}
 
 
+@pytest.mark.slow
 def test_a_request_on_hold_is_not_worked_on(fresh: Workspace) -> None:
     take_in(fresh, "batch", {"A": WORKS["one"], "X": UNSEEN})
     note(fresh, event("hold", "A"))

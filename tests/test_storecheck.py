@@ -161,6 +161,7 @@ def test_every_flipped_byte_of_a_table_of_tensors_is_found_and_named(stored: Sto
         _flip(path, at)
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_of_a_delta_is_found_in_all_versions_that_need_it(stored: Stored) -> None:
     path = stored.delta(1)
     for at in range(path.stat().st_size):

@@ -270,6 +270,7 @@ def test_every_flipped_byte_of_every_manifest_and_public_key_is_found(workspace:
     _flipped_in_all(workspace, names | {workspace.keys / f"{k}.pub": f"keys/{k}.pub: " for k in ("log", "model")})
 
 
+@pytest.mark.slow
 def test_flipped_bytes_of_the_ledger_are_found(workspace: Workspace) -> None:
     """Every 17th byte here; tests/test_ledger.py flips every one of them against the ledger's own check."""
     with closing(sqlite3.connect(workspace.ledger)) as connection:
