@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -32,7 +33,12 @@ from pipeline.resources import Room
 from pipeline.runs import AWAITING
 from pipeline.workspace import Workspace, writing
 
-NOW = datetime.now(UTC)
+
+def now() -> datetime:
+    """Of the call: the workspace is made later than this module is imported."""
+    return datetime.now(UTC)
+
+
 GB = 10**9
 
 
@@ -183,32 +189,32 @@ def test_evidence(ws: Workspace) -> None:
 
 
 def test_lock(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only(doctor.check_lock(ws, NOW)).found == "free, as far as is seen from here"
+    assert only(doctor.check_lock(ws, now())).found == "free, as far as is seen from here"
     with writing(ws):
         held = only(doctor.check_lock(ws, datetime.now(UTC)))
         assert held.status == "ok" and f"process {os.getpid()} on" in held.found
         late = only(doctor.check_lock(ws, datetime.now(UTC) + timedelta(hours=30)))
         assert late.status == "warning" and late.found.startswith("held for 30 hours by process")
         assert (ws.root / ".lock").stat().st_size > 0
-    free = only(doctor.check_lock(ws, NOW)).found
+    free = only(doctor.check_lock(ws, now())).found
     assert free == "free, as far as is seen from here", "what a dead process noted is no lock"
     monkeypatch.setattr(doctor, "lock_holder", lambda path: None)
-    assert only(doctor.check_lock(ws, NOW)).found.startswith("unknown")
+    assert only(doctor.check_lock(ws, now())).found.startswith("unknown")
 
 
 def test_runs(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only(doctor.check_runs(ws, entries_of(ws), NOW)).found == "none is stuck; 0 requests wait"
+    assert only(doctor.check_runs(ws, entries_of(ws), now())).found == "none is stuck; 0 requests wait"
     run_id = prepare_step(ws, ["A"])
-    stuck = only(doctor.check_runs(ws, entries_of(ws), NOW))
+    stuck = only(doctor.check_runs(ws, entries_of(ws), now()))
     assert stuck.status == "warning" and stuck.found.startswith(f"{run_id}: was begun and not ended")
     assert ", last heard of at 20" in stuck.found
     with writing(ws):
-        assert only(doctor.check_runs(ws, entries_of(ws), NOW)).status == "ok", "somebody may be at work on it"
+        assert only(doctor.check_runs(ws, entries_of(ws), now())).status == "ok", "somebody may be at work on it"
     monkeypatch.setattr(doctor, "lock_holder", lambda path: None)
-    unknown = only(doctor.check_runs(ws, entries_of(ws), NOW))
+    unknown = only(doctor.check_runs(ws, entries_of(ws), now()))
     assert "not ended; this system does not say whether somebody works on it" in unknown.found
     publish(ws, run_id)
-    assert only(doctor.check_runs(ws, entries_of(ws), NOW)).status == "ok"
+    assert only(doctor.check_runs(ws, entries_of(ws), now())).status == "ok"
 
 
 def test_a_run_that_nobody_decides_on(ws: Workspace) -> None:
@@ -217,15 +223,15 @@ def test_a_run_that_nobody_decides_on(ws: Workspace) -> None:
     run_id = prepare_step(ws, ["A"])
     with writing(ws), Ledger.open(ws.ledger) as ledger:
         ledger.append(Event(kind=AWAITING, actor="t", run_id=run_id, version=0))
-    assert only(doctor.check_runs(ws, entries_of(ws), NOW)).status == "ok"
-    late = only(doctor.check_runs(ws, entries_of(ws), NOW + timedelta(days=8)))
+    assert only(doctor.check_runs(ws, entries_of(ws), now())).status == "ok"
+    late = only(doctor.check_runs(ws, entries_of(ws), now() + timedelta(days=8)))
     assert late.status == "warning" and late.found.startswith(f"{run_id}: waits for approval since")
 
 
 def test_a_run_that_was_approved_or_overtaken_waits_for_nobody(ws: Workspace) -> None:
     from pipeline.ledger import Ledger
 
-    run_id, later = prepare_step(ws, ["A"]), NOW + timedelta(days=8)
+    run_id, later = prepare_step(ws, ["A"]), now() + timedelta(days=8)
     with writing(ws), Ledger.open(ws.ledger) as ledger:
         ledger.append(Event(kind=AWAITING, actor="t", run_id=run_id, version=0))
         ledger.append(Event(kind="approved", actor="t", run_id=run_id, version=0))
@@ -246,8 +252,8 @@ def test_inbox(ws: Workspace) -> None:
 
 
 def test_clock(ws: Workspace) -> None:
-    assert only(doctor.check_clock(entries_of(ws), NOW)).status == "ok"
-    behind = only(doctor.check_clock(entries_of(ws), NOW - timedelta(days=2)))
+    assert only(doctor.check_clock(entries_of(ws), now())).status == "ok"
+    behind = only(doctor.check_clock(entries_of(ws), now() - timedelta(days=2)))
     assert behind.status == "problem" and "but the ledger's last event is of" in behind.found
 
 
@@ -425,7 +431,7 @@ def test_the_command_exits_with_1_on_a_problem(
     (ws.keys / "vault.key").chmod(0o644)
     assert call("-w", str(ws.root), "doctor") == 1
     captured = capfd.readouterr()
-    assert "is open to others" in captured.out and "there are problems" in captured.err
+    assert re.search(r"problem +permissions", captured.out) and "there are problems" in captured.err
     # With a ledger that cannot be read everything else is still looked at.
     ws.ledger.write_bytes(b"no database at all")
     assert call("-w", str(ws.root), "doctor", "--json") == 1
