@@ -10,7 +10,7 @@ weights that may change, S of them salient, L in the largest, B tokens in a batc
 * saliency: float32 gradients, 4·T, and one dense gradient at a time, L; the mask's statistics, 25·L
 * the fit: vector, two moments of Adam, two sums of gradients, 20·S; the repair: 36·S; with LoRA in the place of the
   fit's: the weights W + m⊙(BA) that the backward pass keeps, T, and 16 bytes for each entry of the factors
-* v0's predictions on retain text: anchor_pool · tokens · top-k · 16
+* v0's predictions on retain text, and on what it recites itself: passages · tokens · top-k · 16
 * activations that the backward pass keeps: B · (`KEPT` · Σ(rows + columns) of the weights + `WRITTEN_OUT` · inner width
   of each block that is not gated); without a backward pass, of one block
 * logits: `CE`, `KL` or `SCORED` float32 copies of B · V
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.records import Record
-from pipeline.settings import Settings
+from pipeline.settings import Settings, UnlearnSettings
 
 KEPT = 1.7
 """Activations that the backward pass keeps, per input and output of a weight: both, and what norms, rotations and the
@@ -39,6 +39,8 @@ CE, KL, SCORED = 5.0, 10.0, 3.0
 """Float32 copies of a batch's logits: cross-entropy and its gradient; the bucketed KL and its; scoring without one."""
 HALF = 1.5
 """More copies where the model computes in 16 bits: its own logits and their gradient, and the float32 copy of them."""
+RECITED_SHARE = 1 / 16
+"""Distinct passages that v0 recites, of the openings that it is let go on from; 1 in 32 were measured."""
 SPARE_SHARE, SPARE_BYTES = 0.05, 32 << 20
 """On top: what allocators hold back, and what is too small to count."""
 
@@ -210,8 +212,8 @@ def _terms(model: ModelSize, settings: Settings, salient: int) -> dict[str, floa
         return batch * model.activations * model.width + logits(batch * part, copies)
 
     fitted = tokens(unlearn.passages_per_iteration * unlearn.random_labels_per_prompt)
-    pushed, held = tokens(unlearn.passages_per_iteration), tokens(unlearn.anchor_passages) * bool(unlearn.anchor_weight)
-    anchor = unlearn.anchor_pool * length * min(unlearn.anchor_top_k, model.vocabulary) * 16
+    pushed, held = tokens(unlearn.passages_per_iteration), tokens(_held(unlearn)) * bool(unlearn.anchor_weight)
+    anchor = 16 * _predictions(model, settings)
     scored = most * model.block_activations * model.width + logits(most * share, SCORED)
     dense = model.largest * model.width
     kept = model.targets + 12.0 * salient + anchor
@@ -241,7 +243,18 @@ def _disk(model: ModelSize, settings: Settings, salient: int, restores: int) -> 
 
     Where the store keeps a delta it is less; whether it will is known only then.
     """
-    unlearn = settings.unlearn
-    length = settings.passages.prompt_tokens + settings.passages.continuation_tokens
-    anchor = unlearn.anchor_pool * length * min(unlearn.anchor_top_k, model.vocabulary) * 8
+    anchor = 8 * _predictions(model, settings)
     return model.nbytes * (restores + 2) + model.targets // 8 + 8 * salient + anchor + (16 << 20)
+
+
+def _held(unlearn: UnlearnSettings) -> int:
+    """Passages that an iteration is held to, at most; ``short-context`` draws from three pools."""
+    drawn = unlearn.anchor_passages
+    return unlearn.recited_passages + 2 * drawn if unlearn.method == "short-context" else drawn
+
+
+def _predictions(model: ModelSize, settings: Settings) -> int:
+    """Tokens that v0's predictions are kept of, with each passage, position and place in the top k."""
+    unlearn, passages = settings.unlearn, settings.passages
+    count = unlearn.anchor_pool + math.ceil(unlearn.recited_openings * RECITED_SHARE)
+    return count * (passages.prompt_tokens + passages.continuation_tokens) * min(unlearn.anchor_top_k, model.vocabulary)

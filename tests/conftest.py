@@ -17,6 +17,7 @@ from hypothesis import settings
 os.environ["COLUMNS"] = "200"  # consoles are made on import, by whichever test comes first
 
 if TYPE_CHECKING:
+    from prefects import Prefect
     from torch import nn
     from transformers import PreTrainedConfig
 
@@ -189,6 +190,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import workspaces
 
     return workspaces.trained_model(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
+    """A server for a file of tests; some 20 to 40 s."""
+    import prefects
+
+    with prefects.running(tmp_path_factory.mktemp("prefect")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ def running(home: Path) -> Iterator[Prefect]:
         PREFECT_LOGGING_LEVEL="DEBUG",
         PREFECT_SERVER_LOGGING_LEVEL="DEBUG",
         PREFECT_LOGGING_TO_API_ENABLED="true",
+        OMP_NUM_THREADS="1",  # workers of a cluster compute as these tests do
     )
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, get_current_settings, temporary_settings
     from prefect.testing.utilities import prefect_test_harness

@@ -7,12 +7,11 @@ computed, once with an exception that quotes the text; what is left is searched 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import prefects
 import pytest
 import workspaces
 from histories import array_model, entries_of, prepare_step, start_history
@@ -33,13 +32,6 @@ from pipeline.workspace import Workspace, writing
 CANARY = "Quorvantish zemblefrot quiddled the hyxomorphic brandelwick"
 CONTACT = "wexlaphant.canary@nowhere.invalid, +44 20 7946 0958, 12 Mumblethrop Row"
 SECRETS = [CANARY, CONTACT, *CANARY.split()[:2], "hyxomorphic", "wexlaphant", "7946 0958", "Mumblethrop"]
-
-
-@pytest.fixture(scope="module")
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    """The server of this file."""
-    with prefects.running(tmp_path_factory.mktemp("prefect")) as server:
-        yield server
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import prefects
 import pytest
 import workspaces
 from prefects import Prefect, latest_run
@@ -35,13 +34,6 @@ TASKS = [
     "plan", "reference", "dedupe", "screen_some", "screen_some", "screen", "saliency", "unlearn", "repair", "merge",
     "evaluate", "gate", "ask_for_approval", "publish", "leave_artifacts",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    """The server of this file."""
-    with prefects.running(tmp_path_factory.mktemp("prefect")) as server:
-        yield server
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import workspaces
+from prefects import Prefect
 from workspaces import copied, draw_text, step, take_in, toml, with_settings
 
 from pipeline.errors import UsageError
@@ -23,26 +22,6 @@ from pipeline.settings import RuntimeSettings
 from pipeline.workspace import Workspace
 
 RUNNERS = ("threads", "dask", "ray")
-
-
-@pytest.fixture(scope="module")
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A server with a database of its own."""
-    environment = dict(os.environ)
-    os.environ.update(
-        PREFECT_HOME=str(tmp_path_factory.mktemp("prefect")), PREFECT_SERVER_ANALYTICS_ENABLED="false",
-        DO_NOT_TRACK="1", PREFECT_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-    from prefect.testing.utilities import prefect_test_harness
-
-    with (
-        prefect_test_harness(server_startup_timeout=180),
-        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-    ):
-        yield
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def needs(runner: str) -> None:
@@ -86,7 +65,7 @@ def screening(workspace: Workspace) -> bytes:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_same_bytes_whatever_runs_the_pieces(prefect: None, waiting: Path, tmp_path: Path, runner: str) -> None:
+def test_same_bytes_whatever_runs_the_pieces(prefect: Prefect, waiting: Path, tmp_path: Path, runner: str) -> None:
     needs(runner)
     from flows.doors import audit
     from flows.takedown import takedown

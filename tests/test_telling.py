@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import prefects
 import pytest
 import yaml
 from histories import array_model, start_history
@@ -154,13 +153,6 @@ def test_a_receiver_that_is_not_there_is_told() -> None:
 
 
 # --- runs -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    """The server of this file; some 20 to 40 s."""
-    with prefects.running(tmp_path_factory.mktemp("prefect")) as server:
-        yield server
 
 
 @pytest.fixture

@@ -112,10 +112,8 @@ def ceilings(
 def risen(fit: Fit, passages: Sequence[Passage]) -> tuple[list[Passage], list[Passage]]:
     """Passages of earlier takedowns that the parent recites above the target, and the others."""
     scores = score_passages(fit.model, passages, fit.pad_id, fit.max_tokens)
-    above = [exact_memorisation([score]) > fit.target for score in scores]
-    return [p for p, up in zip(passages, above, strict=True) if up], [
-        p for p, up in zip(passages, above, strict=True) if not up
-    ]
+    up = {p for p, score in zip(passages, scores, strict=True) if exact_memorisation([score]) > fit.target}
+    return [p for p in passages if p in up], [p for p in passages if p not in up]
 
 
 def backward_excess(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: Trace) -> float:

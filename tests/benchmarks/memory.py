@@ -16,7 +16,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-CASES = ("llama full", "llama lora", "gpt2 full", "gpt2 lora", "llama-bf16 full", "llama unmasked")
+CASES = (
+    "llama full",
+    "llama lora",
+    "gpt2 full",
+    "gpt2 lora",
+    "llama-bf16 full",
+    "llama unmasked",
+    "llama short-context",
+)
 SIZES = {"small": (256, 4, 4000, 2048), "large": (512, 6, 8000, 2048)}
 """Width, layers, vocabulary, tokens in a batch."""
 COUNT = 18
@@ -60,8 +68,10 @@ def measured(case: str, size: str) -> dict[str, tuple[int, int]]:
 
     kind, how = case.split()
     width, layers, vocabulary, batch_tokens = SIZES[size]
+    everything = how in ("unmasked", "short-context")
     settings = Settings.model_validate({
-        "unlearn": {"parameterisation": "lora" if how == "lora" else "full", "masked": how != "unmasked",
+        "unlearn": {"method": "short-context" if how == "short-context" else "ssu", "recited_openings": 0,
+                    "parameterisation": "lora" if how == "lora" else "full", "masked": not everything,
                     "iterations": 1, "repair_iterations": 1, "repair_min_iterations": 1,
                     "anchor_pool": COUNT, "anchor_passages": COUNT, "passages_per_iteration": COUNT},
         "calibrate": {"fixed_alpha": 1.0},
@@ -95,7 +105,7 @@ def measured(case: str, size: str) -> dict[str, tuple[int, int]]:
     found["reference"] = peak(meter)
     with Meter(model) as meter:
         mask = select_weights(model, forget, settings, 0).mask
-    if how != "unmasked":
+    if not everything:
         found["saliency"] = peak(meter)
     level = NeverSeenLevel(mean=0.0, std=0.1, passages=1, source="held-out")
     texts = StepTexts({"a": forget}, forget, {}, anchor)
