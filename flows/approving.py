@@ -9,19 +9,18 @@ from typing import Annotated
 
 import typer
 
-from flows.reading import checked_entries
 from flows.scores import score_table
-from flows.terminal import TIME, Actor, Json, Reason, opened, out, say, show_json
+from flows.terminal import TIME, Actor, Json, Reason, checked_entries, opened, out, say, show_json
 from pipeline.approval import Waiting, waiting
 from pipeline.display import plain
 from pipeline.workspace import writing
 
-approving = typer.Typer(rich_markup_mode=None)
+verbs = typer.Typer(rich_markup_mode=None)
 
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="A run that waits, e.g. run-0123456789ab; see `review`.")]
 
 
-@approving.command()
+@verbs.command()
 def review(context: typer.Context, as_json: Json = False) -> None:
     """What waits for approval: what it works on, what was measured, and where its candidate lies.
 
@@ -50,7 +49,7 @@ def show_waiting(run: Waiting) -> None:
     say(f"Next: takedown approve {run.run_id}, or takedown refuse {run.run_id} --reason …")
 
 
-@approving.command()
+@verbs.command()
 def approve(context: typer.Context, run: RunId, actor: Actor, as_json: Json = False) -> None:
     """Approve a run that waits; its candidate is published. Interrupted, the same command continues.
 
@@ -64,7 +63,7 @@ def approve(context: typer.Context, run: RunId, actor: Actor, as_json: Json = Fa
     show_json(done) if as_json else say(f"{run}: approved by {plain(actor)}; published v{done.version}.")
 
 
-@approving.command()
+@verbs.command()
 def refuse(context: typer.Context, run: RunId, reason: Reason, actor: Actor, as_json: Json = False) -> None:
     """Refuse a run that waits; nothing is published, and its requests keep waiting.
 

@@ -23,10 +23,10 @@ from pipeline.files import write_atomic
 if TYPE_CHECKING:
     from pipeline.benchmark.records import Results
 
-benchmarking = typer.Typer(rich_markup_mode=None)
+verbs = typer.Typer(rich_markup_mode=None)
 
 
-@benchmarking.command()
+@verbs.command()
 def bench(
     model: Annotated[str, typer.Argument(help="Model folder or hub id; with --recipe the folder to train it into.")],
     texts: Annotated[

@@ -78,14 +78,14 @@ def reference_folders() -> dict[str, Path]:
 
 def run_batch(workspace_root: Path, batch: Path) -> None:
     """Submit a batch and run it through the flow; print what came of it."""
-    from flows.cli import show_step
     from flows.progress import bars
+    from flows.stepping import show_step
     from flows.takedown import takedown
     from flows.terminal import err
-    from pipeline.history import read_entries, step_view
+    from pipeline.history import step_view
     from pipeline.states import decisions
     from pipeline.submit import submit
-    from pipeline.workspace import open_workspace
+    from pipeline.workspace import open_workspace, read_entries
 
     workspace, started = open_workspace(workspace_root), time.monotonic()
     requests = [r.request_id for r in submit(workspace, batch, "demo").requests]
@@ -135,10 +135,10 @@ def finish(root: Path, seconds: float) -> None:
     """Print the version history and write the report."""
     from flows.terminal import out, table
     from pipeline.files import write_atomic
-    from pipeline.history import acknowledged_versions, lineage_view, read_entries, version_views
+    from pipeline.history import acknowledged_versions, lineage_view, version_views
     from pipeline.report import render
     from pipeline.verify import verify
-    from pipeline.workspace import open_workspace
+    from pipeline.workspace import open_workspace, read_entries
 
     workspace = open_workspace(root)
     entries = read_entries(workspace)
@@ -161,8 +161,7 @@ def check(root: Path) -> None:
     Raises:
         SystemExit: A step was refused.
     """
-    from pipeline.history import read_entries
-    from pipeline.workspace import open_workspace
+    from pipeline.workspace import open_workspace, read_entries
 
     kinds = [e.event.kind for e in read_entries(open_workspace(root))]
     if kinds.count("published") != 2:

@@ -23,18 +23,17 @@ from pipeline.display import plain, size_words
 from pipeline.doctor import Finding, check_device, check_places, check_room, checks, examined
 from pipeline.errors import TakedownError
 from pipeline.estimate import PROGRAM_BYTES
-from pipeline.history import read_entries
 from pipeline.patience import is_locked
 from pipeline.preflight import Estimate, estimate
 from pipeline.resources import free_disk
 from pipeline.runs import reusable_bytes
 from pipeline.settings import Settings
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, read_entries
 
-doctoring = typer.Typer(rich_markup_mode=None)
+verbs = typer.Typer(rich_markup_mode=None)
 
 
-@doctoring.command()
+@verbs.command()
 def doctor(context: typer.Context, as_json: Json = False) -> None:
     """Look at everything that a run needs, and at what runs left: software, room, permissions, evidence, locks, runs.
 

@@ -27,7 +27,7 @@ from pipeline.dropfolder import Delivery, take_inbox
 from pipeline.errors import WorkspaceBusy
 from pipeline.patience import LONGEST_WAIT_S, only_one, writing_in_turn
 from pipeline.records import Break, Publication
-from pipeline.runs import AWAITING
+from pipeline.states import AWAITING
 from pipeline.submit import still_waiting
 from pipeline.verify import verify
 from pipeline.workspace import open_workspace

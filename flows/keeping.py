@@ -7,26 +7,25 @@ from typing import Annotated
 
 import typer
 
-from flows.reading import checked_entries, state_words
-from flows.terminal import Actor, Json, Reason, megabytes, opened, outside, say, show_json
+from flows.terminal import Actor, Json, Reason, checked_entries, megabytes, opened, outside, say, show_json, state_words
 from pipeline.bloom import DEFAULT_FPR, DEFAULT_LETTERS
 from pipeline.display import plain
 from pipeline.erase import erase as destroy
 from pipeline.errors import UsageError
 from pipeline.rekey import rekey as change_key
 
-keeping = typer.Typer(rich_markup_mode=None)
+verbs = typer.Typer(rich_markup_mode=None)
 guarding = typer.Typer(
     rich_markup_mode=None, no_args_is_help=True,
     help="Block verbatim output of what waits and of what was taken out, where the model is served.",
 )  # fmt: skip
-keeping.add_typer(guarding, name="guard")
+verbs.add_typer(guarding, name="guard")
 
 SHOWN = 20
 """Places of a text that are listed; ``--json`` has all."""
 
 
-@keeping.command()
+@verbs.command()
 def rekey(context: typer.Context, actor: Actor, as_json: Json = False) -> None:
     """Put a new master key in the place of the vault's, and encrypt what an earlier release left readable.
 
@@ -46,7 +45,7 @@ def rekey(context: typer.Context, actor: Actor, as_json: Json = False) -> None:
     say("Keep a copy of the new key elsewhere: without it every text in the vault is lost.")
 
 
-@keeping.command()
+@verbs.command()
 def erase(context: typer.Context, request: str, reason: Reason, actor: Actor, as_json: Json = False) -> None:
     """Destroy the text and contact of a request for ever; ledger, measurements and certificates still prove what was
     done.

@@ -16,21 +16,20 @@ import typer
 from rich.text import Text
 
 from flows.progress import bars
-from flows.reading import checked_entries
-from flows.terminal import Json, err, opened, out, outside, say, show_json, table
+from flows.terminal import Json, checked_entries, err, opened, out, outside, say, show_json, table
 from pipeline.display import plain
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.search import Outcome
 
-scanning = typer.Typer(rich_markup_mode=None)
+verbs = typer.Typer(rich_markup_mode=None)
 
 SHOWN = 50
 """Rows of a table; the file given with --out has all."""
 
 
-@scanning.command("find-copies")
+@verbs.command("find-copies")
 def find_copies_in(
     context: typer.Context,
     corpus: Annotated[

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from prefect.runner import Runner
 
-serving = typer.Typer(rich_markup_mode=None)
+verbs = typer.Typer(rich_markup_mode=None)
 
 SERVED = {
     "PREFECT_RUNNER_POLL_FREQUENCY": "2",
@@ -37,7 +37,7 @@ AT_A_TIME = 4
 """Most runs at a time, each a process with torch: a step, an urgent one that waits for it, an audit, one to spare."""
 
 
-@serving.command()
+@verbs.command()
 def serve(context: typer.Context) -> None:
     """Serve scheduled runs, urgent requests and audits until Ctrl-C; starts a Prefect server where none is configured.
 

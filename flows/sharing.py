@@ -11,10 +11,10 @@ import typer
 
 from flows.terminal import Json, err, opened, say, show_json
 
-sharing = typer.Typer(rich_markup_mode=None)
+verbs = typer.Typer(rich_markup_mode=None)
 
 
-@sharing.command("share-index")
+@verbs.command("share-index")
 def share(
     context: typer.Context,
     redis: Annotated[

@@ -21,7 +21,8 @@ from pipeline.patience import LONGEST_WAIT_S, writing_in_turn
 from pipeline.records import Evaluation, Publication
 from pipeline.reinstate import plan_reinstatement as reinstate_plan
 from pipeline.runlog import watched
-from pipeline.runs import AWAITING, open_run, plan_run
+from pipeline.runs import open_run, plan_run
+from pipeline.states import AWAITING
 from pipeline.workspace import open_workspace, writing
 
 OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}

@@ -20,8 +20,10 @@ from rich.text import Text
 
 from pipeline.display import cell, plain
 from pipeline.errors import UsageError
-from pipeline.records import Record
-from pipeline.workspace import Workspace, open_workspace
+from pipeline.keys import log_vkey
+from pipeline.records import LedgerEntry, Record
+from pipeline.states import RequestState
+from pipeline.workspace import Workspace, open_workspace, read_entries
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -86,7 +88,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     if len(rows) <= LONG:
         out.print(table(title, columns, rows))
     else:
-        out.out(aligned(title, columns, rows), highlight=False)
+        print(aligned(title, columns, rows), file=out.file)  # rich takes half a second to wrap 10,000 lines
 
 
 def aligned(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], limit: int = 80) -> str:
@@ -153,3 +155,30 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("prefect").setLevel(logging.ERROR)
+
+
+def checked_entries(workspace: Workspace) -> tuple[LedgerEntry, ...]:
+    """All ledger entries; whoever may not read the public key is told that nobody's signature was checked.
+
+    Raises:
+        StoreDamaged: The chain does not hold, or the entries are not those that the newest checkpoint signs.
+    """
+    entries = read_entries(workspace)
+    try:
+        log_vkey(workspace.keys)
+    except UsageError as error:
+        err.print(Text(f"takedown: {plain(str(error), 2000)} Whose entries these are was not checked."), soft_wrap=True)
+    return entries
+
+
+def state_words(state: RequestState) -> str:
+    """A state with the answer that led to it, where it has another name, a hold, and an erasure."""
+    answer = f" ({state.decision})" if state.decision not in (None, state.state, "applied") else ""
+    if state.reinstated_in is not None and state.state == "reinstated":
+        answer = f" in v{state.reinstated_in}"
+    return f"{state.state}{answer}{', on hold' if state.on_hold else ''}{', erased' if state.erased else ''}"
+
+
+def plain_lines(message: str) -> str:
+    """A message with several lines, each made safe for the terminal."""
+    return "\n".join(plain(line, 2000) for line in message.splitlines())

@@ -30,8 +30,8 @@ from pipeline.records import (
     Verdict,
 )
 from pipeline.runlog import put_aside, report, timed
-from pipeline.runs import AWAITING, Run, clean, open_run
-from pipeline.states import decisions, published_versions
+from pipeline.runs import Run, clean, open_run
+from pipeline.states import AWAITING, decisions, published_versions
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 

@@ -16,8 +16,8 @@ from pipeline.evidence import checks_root
 from pipeline.ledger import Ledger
 from pipeline.records import Evaluation, Event, LedgerEntry, MergeReport, Record, Verdict
 from pipeline.runlog import report
-from pipeline.runs import AWAITING, DAMAGED_RUN, Run, open_run, outdated, undecided
-from pipeline.states import decisions
+from pipeline.runs import DAMAGED_RUN, Run, open_run, outdated, undecided
+from pipeline.states import AWAITING, decisions
 from pipeline.workspace import Workspace, open_workspace
 
 

@@ -25,19 +25,18 @@ from pipeline.display import plain, size_words
 from pipeline.dropfolder import REASON
 from pipeline.errors import InvalidInput, TakedownError
 from pipeline.files import TEMPORARY, fsync_folder, place, put_in_place, write_atomic
-from pipeline.history import read_entries
 from pipeline.keys import LOG_KEY, MODEL_KEY, load_log_key, load_model_key
 from pipeline.preflight import Estimate, shortages
 from pipeline.records import LedgerEntry, Record
 from pipeline.resources import Room, lock_holder
 from pipeline.runlog import read_events
-from pipeline.runs import AWAITING, undecided
+from pipeline.runs import undecided
 from pipeline.settings import Settings
-from pipeline.states import decisions, request_states
+from pipeline.states import AWAITING, decisions, request_states
 from pipeline.storecheck import Depth
 from pipeline.vault import open_vault
 from pipeline.verify import verify
-from pipeline.workspace import Workspace, lock_note
+from pipeline.workspace import Workspace, lock_note, read_entries
 
 OLDEST_PYTHON = (3, 11)
 AHEAD = timedelta(minutes=5)

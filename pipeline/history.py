@@ -55,15 +55,9 @@ from pipeline.states import (
 )
 from pipeline.undo import reworked_in
 from pipeline.versions import VersionStore
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, read_entries
 
 R = TypeVar("R", bound=Record)
-
-
-def read_entries(workspace: Workspace) -> tuple[LedgerEntry, ...]:
-    """All ledger entries."""
-    with Ledger.open(workspace.ledger, read_only=True) as ledger:
-        return ledger.entries()
 
 
 def acknowledged_versions(workspace: Workspace, entries: Sequence[LedgerEntry]) -> tuple[VersionManifest, ...]:

@@ -13,14 +13,13 @@ from pathlib import Path
 from pipeline.context import loaded, passages_at, spans_up_to
 from pipeline.discreet import discreet
 from pipeline.gate import ROUNDING
-from pipeline.history import read_entries
 from pipeline.metrics import PassageScore, exact_memorisation, score_passages
 from pipeline.passages import pad_id
 from pipeline.records import LedgerEntry, Record
 from pipeline.states import current_version, erased_requests, excluded, published_versions
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
-from pipeline.workspace import Workspace, open_workspace
+from pipeline.workspace import Workspace, open_workspace, read_entries
 
 
 class Rechecked(Record):

@@ -27,6 +27,7 @@ from pipeline.regress import brought_back, workable
 from pipeline.runlog import remove_run, report, timed
 from pipeline.settings import Settings
 from pipeline.states import (
+    AWAITING,
     RELEASED,
     decisions,
     excluded,
@@ -40,9 +41,6 @@ from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, open_workspace
 
 R = TypeVar("R", bound=Record)
-
-AWAITING = "awaiting-approval"
-"""Event of a run that the gate accepted and that nobody has decided on yet."""
 
 DAMAGED_RUN = "Delete the run's folder; it is computed again."
 

@@ -50,6 +50,9 @@ version that it was answered on is not in force."""
 OUT, IN = ("applied", "folded", "repeat"), ("reinstated", "regressed")
 """Events that say of a version, which they name, that it excludes a text, or that it holds it."""
 
+AWAITING = "awaiting-approval"
+"""Event of a run that the gate accepted and that nobody has decided on yet."""
+
 HOLDS = {"hold": True, "released": False}
 """Events that put a request on legal hold and end that; its state stays."""
 NOTED: dict[str, tuple[str, ...]] = {"not-reinstated": RELEASED, "reworked": TAKEN_OUT}

@@ -24,9 +24,9 @@ from pipeline.notes import Checkpoint, read_checkpoint
 from pipeline.objects import StoredDelta
 from pipeline.oms import check_model_signature
 from pipeline.records import Break, LedgerEntry, VersionManifest
-from pipeline.runs import AWAITING
 from pipeline.seals import check_seal, read_note, stale_notes
 from pipeline.states import (
+    AWAITING,
     DECIDED,
     OUT,
     PUBLISHING,

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from pipeline.errors import NotAWorkspace, WorkspaceBusy
 from pipeline.files import read_json
+from pipeline.ledger import Ledger
+from pipeline.records import LedgerEntry
 from pipeline.seals import renew
 from pipeline.settings import Settings, read_settings
 
@@ -169,3 +171,9 @@ def _holder(noted: bytes) -> str:
         return f"process {who['pid']} on {who['host']} since {who['since']}"
     except (ValueError, LookupError, TypeError):
         return "another process"
+
+
+def read_entries(workspace: Workspace) -> tuple[LedgerEntry, ...]:
+    """All ledger entries; reads only."""
+    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+        return ledger.entries()

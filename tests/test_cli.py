@@ -22,7 +22,7 @@ import pytest
 import workspaces
 from workspaces import UNSEEN, WORKS, copied, write_batch
 
-from flows import cli, reading
+from flows import cli, terminal
 from pipeline.ledger import Ledger
 from pipeline.states import request_states
 from pipeline.submit import submit_or_resume
@@ -714,7 +714,7 @@ def test_lock_is_not_inherited_and_frees_itself(ws: Workspace) -> None:
 QUIET = """
 import json, sys
 from pathlib import Path
-from flows import cli, reading
+from flows import cli
 codes = {}
 for verb in json.loads(sys.argv[1]):
     sys.argv = ["takedown", *verb]
@@ -760,7 +760,7 @@ def test_interrupt_says_that_nothing_is_lost(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reading, "read_entries", interrupted)
+    monkeypatch.setattr(terminal, "read_entries", interrupted)
     answer = takedown("-w", published, "status")
     assert answer.code == 3 and "Nothing acknowledged is lost" in answer.err
 

@@ -21,11 +21,10 @@ from workspaces import draw_text, leaks, take_in
 import flows.deadlines
 from pipeline.clocks import present, standing
 from pipeline.errors import InvalidInput
-from pipeline.history import read_entries
 from pipeline.ledger import Ledger
 from pipeline.records import Event, LedgerEntry
 from pipeline.settings import Settings, read_settings
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, read_entries
 
 MONDAY = datetime(2026, 3, 2, 9, tzinfo=UTC)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -328,7 +327,7 @@ def test_a_clock_that_is_behind_is_told_and_hides_nothing(store: Workspace, mach
 def test_a_long_list_is_cut_and_says_so(
     store: Workspace, machine: type[datetime], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("flows.deadlines", "flows.reading"):
+    for module in ("flows.deadlines", "flows.standing"):
         monkeypatch.setattr(f"{module}.SHOWN", 2)
     found = status(store, SET.replace("72", "1"))
     assert found.out.count("and 1 more; --json has all.") == 2 and "3 deadlines overdue." in found.out

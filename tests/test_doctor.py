@@ -30,7 +30,7 @@ from pipeline.estimate import StageNeed, StepNeed
 from pipeline.preflight import Estimate
 from pipeline.records import Event
 from pipeline.resources import Room
-from pipeline.runs import AWAITING
+from pipeline.states import AWAITING
 from pipeline.workspace import Workspace, writing
 
 

@@ -39,7 +39,6 @@ from workspaces import (
     with_settings,
 )
 
-from pipeline.history import read_entries
 from pipeline.records import MaskReport, Publication
 from pipeline.requests import note
 from pipeline.rollback import roll_back
@@ -49,7 +48,7 @@ from pipeline.sparse import Mask, load_mask
 from pipeline.states import published_versions, request_states
 from pipeline.training import TrainingSettings, train
 from pipeline.versions import VersionStore
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, read_entries
 
 WORKS = {f"TD-{n:02}": draw_text(f"long-{n}", 40) for n in range(1, 21)}
 LEFT_AT, LEFT_FOR = 8, 6

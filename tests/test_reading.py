@@ -12,13 +12,12 @@ from tampered.scene import rechain, settle, sql
 from workspaces import copied
 
 from pipeline.evidence import evidence_of
-from pipeline.history import read_entries
 from pipeline.ledger import Ledger
 from pipeline.records import Event, Evidence
 from pipeline.requests import note
 from pipeline.states import decisions, request_states
 from pipeline.versions import VersionStore
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, read_entries
 
 READING = (
     "status", "log", "show v1", "show TD-1", "versions", "diff v0 v1", "first-version TD-1", "export --out out",

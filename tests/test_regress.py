@@ -10,7 +10,8 @@ from histories import array_model, entries_of, make_step, prepare_step, publish,
 from typer.testing import CliRunner
 from workspaces import WORKS, copied, new_workspace, step, take_in, toml, with_settings
 
-from flows.cli import app, show_step
+from flows.cli import app
+from flows.stepping import show_step
 from flows.terminal import out
 from pipeline.certificate import render, write_certificate
 from pipeline.decide import approve

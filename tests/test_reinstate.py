@@ -29,7 +29,7 @@ from pipeline import answers
 from pipeline.certificate import certify, write_certificate
 from pipeline.errors import Refused, UsageError
 from pipeline.evidence import RECORDS, evidence_of, recall
-from pipeline.history import lineage_view, read_entries, step_view
+from pipeline.history import lineage_view, step_view
 from pipeline.index import DedupeIndex
 from pipeline.records import Evaluation, LeftOut, Publication
 from pipeline.report import render
@@ -40,7 +40,7 @@ from pipeline.states import current_version, decisions, excluded, request_states
 from pipeline.upkeep import purge
 from pipeline.verify import verify
 from pipeline.versions import VersionStore
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, read_entries
 
 CEILING = SETTINGS["gate"]["forget_tolerance"] + 0.15
 """Above the never-seen level as measured here, which cuts passages its own way."""

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pipeline.errors import StoreDamaged
 from pipeline.evidence import all_evidence, evidence_of
 from pipeline.files import digest_file
-from pipeline.history import lineage_view, read_entries
+from pipeline.history import lineage_view
 from pipeline.ledger import Ledger
 from pipeline.records import (
     Break,
@@ -78,7 +78,7 @@ from pipeline.upkeep import purge, repack
 from pipeline.vault import Vault
 from pipeline.verify import verify
 from pipeline.versions import VersionStore
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, read_entries
 
 T0 = datetime(2026, 11, 2, 1, 30, tzinfo=UTC)
 LEVEL = NeverSeenLevel(mean=0.164, std=0.041, passages=96, source="held-out")

@@ -326,7 +326,7 @@ def harness(work: Path, moments: int, seeds: Sequence[int], tell: Callable[[str]
     import torch
 
     torch.set_num_threads(1)
-    from flows import cli, takedown  # noqa: F401 (loaded here, for all processes that are forked)
+    from flows import cli, stepping, takedown  # noqa: F401 (loaded here, for all processes that are forked)
     from tests.workspaces import trained_model
 
     apart(lambda: trained_model(work))
