@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from pipeline.approval import event_of
 from pipeline.context import first_worked_on, forget_spans, model_folder, thin_anchors
 from pipeline.discreet import discreet
 from pipeline.errors import StoreDamaged
@@ -31,7 +30,7 @@ from pipeline.records import (
 )
 from pipeline.runlog import put_aside, report, timed
 from pipeline.runs import Run, clean, open_run
-from pipeline.states import AWAITING, decisions, published_versions
+from pipeline.states import decisions, published_versions, questions
 from pipeline.vault import open_vault
 from pipeline.versions import VersionStore
 
@@ -70,7 +69,7 @@ def _published(run: Run, actor: str, reason: str, refusal: str) -> Publication:
     with Ledger.open(workspace.ledger) as ledger:  # renews the checkpoint beside it, where that was interrupted
         entries = ledger.entries()
     if run_id not in decisions(entries):  # a run that was resumed after its answer answers once, and publishes once
-        asked = event_of(entries, run_id, AWAITING)
+        asked = questions(entries).get(run_id)
         said = str(asked.event.data.get("reason", "")) if asked is not None else reason
         events = _events(run, store, actor, said, refusal)
         with Ledger.open(workspace.ledger) as ledger:

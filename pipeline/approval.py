@@ -6,7 +6,7 @@ or a lock that is held while people think, or torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from pipeline.ledger import Ledger
 from pipeline.records import Evaluation, Event, LedgerEntry, MergeReport, Record, Verdict
 from pipeline.runlog import report
 from pipeline.runs import DAMAGED_RUN, Run, open_run, outdated, undecided
-from pipeline.states import AWAITING, decisions
+from pipeline.states import AWAITING, approvals, decisions, questions
 from pipeline.workspace import Workspace, open_workspace
 
 
@@ -50,7 +50,7 @@ class Waiting(Record):
 
 
 def hold(workspace_root: str, run_id: str, actor: str, reason: str = "") -> bool:
-    """Put on record that a run waits for approval, once.
+    """Put on record that a run waits for approval: once, and again where its candidate has become another.
 
     Args:
         workspace_root: Folder of the workspace, locked for writing.
@@ -71,13 +71,15 @@ def hold(workspace_root: str, run_id: str, actor: str, reason: str = "") -> bool
         entries = ledger.entries()
         if run_id in decisions(entries):
             return False
-        if (approved := event_of(entries, run_id, "approved")) is not None:
-            check_candidate(run, approved)
-            return False
-        if not event_of(entries, run_id, AWAITING):
-            data = {**_candidate(run), **({"reason": reason} if reason else {})}
-            ledger.append(Event(kind=AWAITING, actor=actor, run_id=run_id, version=run.plan.parent, data=data))
-            report(run.workspace, run_id, AWAITING, actor=actor)
+        asked, candidate = questions(entries).get(run_id), _candidate(run)
+        if asked is not None and _same(asked, candidate):
+            return run_id not in approvals(entries)
+        # Also where other weights were asked about, or approved: what was lost is computed again, and on another
+        # machine to other bytes. Nobody has seen these.
+        reason = reason or str(asked.event.data.get("reason", "") if asked is not None else "")
+        data = {**candidate, **({"reason": reason} if reason else {})}
+        ledger.append(Event(kind=AWAITING, actor=actor, run_id=run_id, version=run.plan.parent, data=data))
+        report(run.workspace, run_id, AWAITING, actor=actor, again=asked is not None)
     return True
 
 
@@ -89,29 +91,30 @@ def _candidate(run: Run) -> dict[str, object]:
     }
 
 
+def _same(entry: LedgerEntry, candidate: Mapping[str, object]) -> bool:
+    return all(entry.event.data.get(name) == value for name, value in candidate.items())
+
+
 def check_candidate(run: Run, entry: LedgerEntry) -> None:
-    """The candidate must be the one that an entry asked about or approved.
+    """The candidate must be the one that an entry asked about.
 
     Raises:
         StoreDamaged: It is another one, or was measured otherwise.
     """
-    if any(entry.event.data.get(name) != value for name, value in _candidate(run).items()):
-        raise StoreDamaged(f"{run.run_id}: is not what ledger entry {entry.seq} speaks of. {DAMAGED_RUN}")
-
-
-def event_of(entries: Sequence[LedgerEntry], run_id: str, kind: str) -> LedgerEntry | None:
-    """The first event of this kind of a run as a whole."""
-    found = (e for e in entries if e.event.kind == kind and e.event.run_id == run_id and e.event.request_id is None)
-    return next(found, None)
+    if not _same(entry, _candidate(run)):
+        raise StoreDamaged(
+            f"{run.run_id}: is not what ledger entry {entry.seq} speaks of. `takedown run` asks about what is there "
+            f"now. {DAMAGED_RUN}"
+        )
 
 
 def waiting(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[Waiting]:
     """The runs that wait for a decision, oldest first; reads only."""
-    found = []
+    found, approved, asked_about = [], approvals(entries), questions(entries)
     for plan in undecided(workspace, entries):
-        run, asked = open_run(workspace.root, plan.run_id), event_of(entries, plan.run_id, AWAITING)
-        if asked is None or event_of(entries, plan.run_id, "approved"):
-            continue  # approved, and killed before it was published: the next run does that
+        if plan.run_id in approved:
+            continue  # and killed before it was published: the next run does that
+        run, asked = open_run(workspace.root, plan.run_id), asked_about[plan.run_id]
         found.append(
             Waiting(
                 run_id=plan.run_id,
@@ -138,11 +141,11 @@ def waiting_run(workspace_root: str, run_id: str) -> tuple[Run, LedgerEntry]:
     workspace = open_workspace(Path(workspace_root))
     with Ledger.open(workspace.ledger, read_only=True) as ledger:
         entries = ledger.entries()
-    asked = event_of(entries, run_id, AWAITING)
+    asked = questions(entries).get(run_id)
     if asked is None:
         raise UsageError(f"{plain(run_id)}: does not wait for approval. `takedown review` lists what does.")
     if decided := decisions(entries).get(run_id):
-        entry = event_of(entries, run_id, "approved") or decided  # what was approved is accepted for whoever asked
+        entry = approvals(entries).get(run_id, decided)  # what was approved is accepted for whoever asked
         raise UsageError(f"{run_id}: was decided on by {plain(entry.event.actor)} in ledger entry {entry.seq}.")
     run = open_run(workspace_root, run_id)
     if reason := outdated(entries, run.plan):

@@ -7,10 +7,11 @@ is not the one that was approved.
 from __future__ import annotations
 
 from pipeline import answers
-from pipeline.approval import check_candidate, event_of, waiting_run
+from pipeline.approval import check_candidate, waiting_run
 from pipeline.errors import UsageError
 from pipeline.ledger import Ledger
 from pipeline.records import Event, Publication
+from pipeline.states import approvals
 
 
 def approve(workspace_root: str, run_id: str, actor: str) -> Publication:
@@ -28,7 +29,7 @@ def approve(workspace_root: str, run_id: str, actor: str) -> Publication:
     run, asked = waiting_run(workspace_root, run_id)
     check_candidate(run, asked)
     with Ledger.open(run.workspace.ledger) as ledger:
-        if not event_of(ledger.entries(), run_id, "approved"):
+        if run_id not in approvals(ledger.entries()):
             data = {name: asked.event.data[name] for name in ("root", "checks")}
             ledger.append(Event(kind="approved", actor=actor, run_id=run_id, version=run.plan.parent, data=data))
     return answers.publish(workspace_root, run_id, asked.event.actor)
@@ -50,6 +51,6 @@ def refuse(workspace_root: str, run_id: str, actor: str, reason: str) -> Publica
         raise UsageError("A refusal needs a reason: it stays on record. Give one with --reason.")
     run, _ = waiting_run(workspace_root, run_id)
     with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
-        if event_of(ledger.entries(), run_id, "approved"):
+        if run_id in approvals(ledger.entries()):
             raise UsageError(f"{run_id}: was approved already. Run `takedown approve` again to publish it.")
     return answers.publish(workspace_root, run_id, actor, refusal=f"Not approved: {reason}")

@@ -32,7 +32,7 @@ from pipeline.resources import Room, lock_holder
 from pipeline.runlog import read_events
 from pipeline.runs import undecided
 from pipeline.settings import Settings
-from pipeline.states import AWAITING, decisions, request_states
+from pipeline.states import approvals, decisions, questions, request_states
 from pipeline.storecheck import Depth
 from pipeline.vault import open_vault
 from pipeline.verify import verify
@@ -309,8 +309,7 @@ def check_lock(workspace: Workspace, now: datetime) -> list[Finding]:
 def check_runs(workspace: Workspace, entries: Sequence[LedgerEntry], now: datetime) -> list[Finding]:
     """Runs that were begun and not ended while nobody works on them, and decisions that nobody takes."""
     decided, states = decisions(entries), request_states(entries)
-    asked = {str(e.event.run_id): e.at for e in entries if e.event.kind == AWAITING}
-    approved = {str(e.event.run_id) for e in entries if e.event.kind == "approved"}
+    asked, approved = {run_id: e.at for run_id, e in questions(entries).items()}, set(approvals(entries))
     held = {plan.run_id for plan in undecided(workspace, entries)}  # not what was overtaken: the next run removes it
     busy, findings = lock_holder(workspace.root / ".lock"), []
     for folder in sorted(workspace.runs.glob("run-*")):

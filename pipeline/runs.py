@@ -27,12 +27,13 @@ from pipeline.regress import brought_back, workable
 from pipeline.runlog import remove_run, report, timed
 from pipeline.settings import Settings
 from pipeline.states import (
-    AWAITING,
     RELEASED,
+    approvals,
     decisions,
     excluded,
     in_force,
     published_versions,
+    questions,
     request_states,
     stays_out,
 )
@@ -180,7 +181,7 @@ def plan_run(workspace: Workspace, requests: Sequence[str] | None = None, actor:
         entries = ledger.entries()
         held = undecided(workspace, entries)
         if held and requests is None:
-            approved = {e.event.run_id for e in entries if e.event.kind == "approved"}
+            approved = approvals(entries)
             return next((plan for plan in held if plan.run_id in approved), held[0])
         for plan in (plan for plan in held if not plan.reinstates):
             shared = sorted(set(requests or ()) & set(plan.requests))
@@ -283,8 +284,8 @@ def undecided(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[Plan
     Not those that were overtaken, see `outdated`, or whose folder is gone: they are computed anew.
     """
     decided = decisions(entries)
-    asked = [e.event.run_id for e in entries if e.event.kind == AWAITING and e.event.run_id not in decided]
-    there = [str(run_id) for run_id in asked if (workspace.runs / str(run_id) / "plan.json").is_file()]
+    asked = [run_id for run_id in questions(entries) if run_id not in decided]
+    there = [run_id for run_id in asked if (workspace.runs / run_id / "plan.json").is_file()]
     plans = [open_run(workspace.root, run_id).plan for run_id in there]
     return [plan for plan in plans if outdated(entries, plan) is None]
 

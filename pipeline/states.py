@@ -373,6 +373,22 @@ def known_batches(entries: Iterable[LedgerEntry]) -> set[str]:
     return {str(e.event.data["batch_id"]) for e in entries if e.event.kind == "received" and "batch_id" in e.event.data}
 
 
+def questions(entries: Iterable[LedgerEntry]) -> dict[str, LedgerEntry]:
+    """The newest entry that asked for approval of each run."""
+    return {str(e.event.run_id): e for e in entries if e.event.kind == AWAITING}
+
+
+def approvals(entries: Iterable[LedgerEntry]) -> dict[str, LedgerEntry]:
+    """The entry that approved what was asked last of each run; an answer to an earlier question is none to this one."""
+    found: dict[str, LedgerEntry] = {}
+    for entry in entries:
+        if entry.event.kind == AWAITING:
+            found.pop(str(entry.event.run_id), None)
+        elif entry.event.kind == "approved":
+            found.setdefault(str(entry.event.run_id), entry)
+    return found
+
+
 def decisions(entries: Iterable[LedgerEntry]) -> dict[str, LedgerEntry]:
     """The entry that decided each run, in order."""
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,10 +21,10 @@ from pipeline.certificate import certify, write_certificate
 from pipeline.errors import StoreDamaged, UsageError
 from pipeline.history import step_view
 from pipeline.ledger import Ledger
-from pipeline.records import Event
+from pipeline.records import Event, MergeReport
 from pipeline.requests import note
 from pipeline.runs import open_run, outdated, plan_run
-from pipeline.states import current_version, request_states
+from pipeline.states import AWAITING, current_version, request_states
 from pipeline.upkeep import purge
 from pipeline.verify import verify
 from pipeline.workspace import Workspace, writing
@@ -206,6 +207,34 @@ def test_candidate_that_was_exchanged_is_not_approved(ws: Workspace, run_id: str
     with writing(ws), pytest.raises(StoreDamaged, match="is not what ledger entry"):
         decide.approve(str(ws.root), run_id, "counsel")
     assert "approved" not in dict(kinds(ws))
+
+
+@pytest.mark.parametrize("approved", [True, False])
+def test_what_is_computed_again_to_other_weights_is_asked_about_again(
+    ws: Workspace, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, approved: bool
+) -> None:
+    """Another machine, another library: the approval of the first weights is none of the second ones."""
+    if approved:
+        with monkeypatch.context() as patch, writing(ws):
+            patch.setattr(answers, "publish", killed)
+            with pytest.raises(KeyboardInterrupt):
+                decide.approve(str(ws.root), run_id, "counsel")
+    shutil.rmtree(ws.runs / run_id)
+    assert prepare_step(ws, ["B", "C"], share=0.06, submit=False) == run_id
+    with writing(ws):
+        assert hold(str(ws.root), run_id, "nightly")
+        assert hold(str(ws.root), run_id, "nightly")
+    assert [kind for kind, _ in kinds(ws)].count(AWAITING) == 2
+    (found,) = waiting(ws, entries_of(ws))
+    assert found.root == open_run(ws.root, run_id).finished("merge", MergeReport).root
+    with writing(ws):
+        assert decide.approve(str(ws.root), run_id, "the board").version == 2
+    assert verify(ws) == [] and states(ws)["B"] == "verified"
+    certificate = certify(ws, "B")
+    assert certificate.gate is not None and certificate.gate.approved_by == "the board"
+    write_certificate(ws, "B", tmp_path / "certificate")
+    check = [sys.executable, "-I", tmp_path / "certificate" / "verify_bundle.py", tmp_path / "certificate"]
+    assert subprocess.run(check, capture_output=True, check=False).returncode == 0
 
 
 def test_verify_finds_a_version_that_nobody_approved(ws: Workspace, run_id: str, tmp_path: Path) -> None:
