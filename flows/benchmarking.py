@@ -38,7 +38,7 @@ def bench(
         ),
     ],
     folder: Annotated[Path, typer.Option("--out", help="Folder for results and finished work.")],
-    methods: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(ROWS)}.")] = "ssu",
+    methods: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(ROWS)}.")] = "short-context",
     seeds: Annotated[str, typer.Option(help="Comma-separated; three or more give error bars.")] = "0,1,2",
     retain: Annotated[Path | None, typer.Option(help="Folder of *.txt that methods may hold the model to.")] = None,
     kept: Annotated[Path | None, typer.Option(help="Folder of *.txt to keep; only ever measured.")] = None,

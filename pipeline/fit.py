@@ -7,7 +7,8 @@ loss; those are `pipeline.methods`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -46,6 +47,9 @@ class Fit:
         target: Exact memorisation that counts as forgotten.
         earlier: Passages that earlier steps took out and that are not among those to forget, for methods that keep them
             out.
+        remaining: Asks for the passages of requests, of this or of an earlier step, that are above the target on the
+            model as it stands.
+        left: At the end of how many rounds of this fit a passage was among those.
     """
 
     model: nn.Module
@@ -60,6 +64,8 @@ class Fit:
     put_back: Anchor = NO_ANCHOR
     target: float = 1.0
     earlier: Sequence[Passage] = ()
+    remaining: Callable[[], Iterable[Passage]] = tuple
+    left: Counter[Passage] = field(default_factory=Counter)
 
 
 Backward = Callable[[Sequence[Passage], random.Random, Trace], float]
@@ -78,6 +84,24 @@ def forget_slices(fit: Fit) -> Sequence[Sequence[Passage]]:
     while len(order) < count * size:
         order += random_.sample(fit.forget, len(fit.forget))
     return [order[i * size : (i + 1) * size] for i in range(count)]
+
+
+def schedule(fit: Fit) -> Iterator[tuple[Sequence[Passage], float]]:
+    """The passages of each iteration and its share of the learning rate: a round, and others while something remains.
+
+    How many iterations forgetting takes depends on the model and on how well it knows the text. A rate that is high
+    enough for the hardest text costs what is kept for all others; further rounds cost time, and only where needed.
+    """
+    slices = forget_slices(fit)
+    fit.left.clear()
+    for number in range(fit.settings.rounds):
+        if number:
+            left = list(fit.remaining())
+            if not left:
+                return
+            fit.left.update(left)
+        for iteration, passages in enumerate(slices):
+            yield passages, rate_at(fit, iteration, len(slices))
 
 
 def rate_at(fit: Fit, iteration: int, count: int) -> float:

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.fit import Backward, Fit, Trace, forget_slices, rate_at, record
+from pipeline.fit import Backward, Fit, Trace, record, schedule
 from pipeline.sparse import Mask, Vector
 from pipeline.unlearn import BETAS
 
@@ -77,10 +77,9 @@ def fit_lora(fit: Fit, mask: Mask, backward: Backward) -> tuple[Vector, Trace]:
         optimiser = torch.optim.AdamW(
             factors, lr=settings.lora_learning_rate, betas=BETAS, weight_decay=settings.weight_decay
         )
-        slices = forget_slices(fit)
-        for iteration, passages in enumerate(slices):
+        for passages, share in schedule(fit):
             for group in optimiser.param_groups:
-                group["lr"] = settings.lora_learning_rate * rate_at(fit, iteration, len(slices))
+                group["lr"] = settings.lora_learning_rate * share
             record(fit, backward(passages, random_, trace), trace)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

@@ -54,9 +54,10 @@ METHOD_DEFAULTS: Mapping[MethodName, Mapping[str, Any]] = {
     "rmu": {**_BESIDE, "anchor_weight": 100.0, "learning_rate": 1e-3},
     "unlikelihood-kl": {**_BESIDE, "anchor_weight": 4.0},
     "obliviate": _ALONE,
+    # The paper's mask. At 1.5e-4 all weights do as well as these at 5e-4, and a version takes ten times the bytes.
     "short-context": {
-        **_ALONE, "anchor_weight": 16.0, "anchor_pool": 1024, "recited_openings": 4096, "iterations": 48,
-        "learning_rate": 1.5e-4, "learning_rate_end": 0.1,
+        **_PAPER, "random_label_weight": 0.0, "anchor_weight": 16.0, "anchor_pool": 1024, "recited_openings": 4096,
+        "iterations": 48, "rounds": 4, "learning_rate": 5e-4, "learning_rate_end": 0.1,
     },
 }  # fmt: skip
 """By method, keys of `pipeline.settings.UnlearnSettings`."""

@@ -102,7 +102,7 @@ class UnlearnSettings(Section):
     Each method has its own defaults (`pipeline.method_defaults`) for what is not set here or in ``takedown.toml``.
     """
 
-    method: MethodName = "ssu"
+    method: MethodName = "short-context"
     """What is descended; see `pipeline.methods`."""
     masked: bool = True
     """Only salient weights may change; else all target weights may."""
@@ -118,6 +118,9 @@ class UnlearnSettings(Section):
     """K mismatched continuations for each prompt."""
     iterations: int = Field(10, gt=0)
     """Optimiser steps of the fit; more where needed to see every passage once."""
+    rounds: int = Field(1, gt=0)
+    """Most times that a direct method goes through these. A further round goes on from where the last one ended, and is
+    begun only while a request is above the target."""
     passages_per_iteration: int = Field(32, gt=0)
     """Forget passages per step; a smaller forget set is seen whole in each."""
     learning_rate: float = Field(1e-4, gt=0)
@@ -167,7 +170,7 @@ class UnlearnSettings(Section):
         """Resolve the method's defaults here, once, so that what is recorded with a version is what was used."""
         if not isinstance(data, dict):
             return data
-        method = data.get("method", "ssu")
+        method = data.get("method", cls.model_fields["method"].default)
         known = METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}  # type: ignore[call-overload]
         return {**known, **data}
 

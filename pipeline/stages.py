@@ -292,7 +292,7 @@ def unlearn(workspace_root: str, run_id: str) -> Step:
 
     def compute() -> Step:
         _require(run, "unlearn", masked.selected)
-        bench = _workbench(run, "unlearn", run.settings.unlearn.iterations)
+        bench = _workbench(run, "unlearn", run.settings.unlearn.iterations * run.settings.unlearn.rounds)
         return _kept(run, bench.fitted(), bench.target, "vector")
 
     return run.stage("unlearn", Step, (masked,), compute)

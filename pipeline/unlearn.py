@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pipeline.fit import Backward, Fit, Trace, forget_slices, rate_at, record
+from pipeline.fit import Backward, Fit, Trace, record, schedule
 from pipeline.passages import Passage
 from pipeline.sparse import GradientCollector, SalientWeights, Vector
 from pipeline.terms import backward_anchor, backward_unlikelihood
@@ -69,9 +69,8 @@ def fit_full(fit: Fit, backward: Backward) -> tuple[Vector, Trace]:
     descent = _Descent(fit.salient, vector, fit.settings.learning_rate, fit.settings.weight_decay)
     try:
         with GradientCollector(fit.salient) as gradients:
-            slices = forget_slices(fit)
-            for iteration, passages in enumerate(slices):
-                descent.rate(rate_at(fit, iteration, len(slices)))
+            for passages, share in schedule(fit):
+                descent.rate(share)
                 record(fit, backward(passages, random_, trace), trace)
                 descent.step(gradients.take())
     finally:

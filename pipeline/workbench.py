@@ -122,7 +122,7 @@ class Workbench:
         self.fit = Fit(
             model, self.salient, texts.trained, texts.anchor, settings.unlearn, pad_id,
             settings.runtime.batch_tokens, settings.runtime.seed, progress, texts.put_back, self.target,
-            [p for found in texts.earlier.values() for p in found if p not in trained],
+            [p for found in texts.earlier.values() for p in found if p not in trained], self.remaining,
         )  # fmt: skip
         # What the strength must spare, in equal parts. Held-out text alone would not notice that a text the model
         # knows by heart, and is to keep, is lost.

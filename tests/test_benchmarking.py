@@ -64,7 +64,7 @@ def test_what_is_asked_for_and_what_is_written(bench: Any, asked: list[Any], tmp
 def test_json(bench: Any, asked: list[Any], tmp_path: Path) -> None:
     code, printed, _ = bench("model", "steps", "--out", tmp_path / "out", "--json")
     assert code == 0 and json.loads(printed)["model"] == f"model {EVIL}"
-    assert asked[0].seeds == (0, 1, 2) and asked[0].methods == ("ssu",)
+    assert asked[0].seeds == (0, 1, 2) and asked[0].methods == ("short-context",)
 
 
 def test_help_is_the_manual(bench: Any) -> None:

@@ -87,12 +87,14 @@ def test_two_histories_of_other_weights_differ(tmp_path: Path) -> None:
     assert changed >= {"events", "states", "manifests", "contents", "index", "vault"}
 
 
-def test_records_are_named_as_stages(tmp_path: Path) -> None:
-    for name in ("plan", "screened/D", "gate"):
-        path = tmp_path / "runs" / "run-0" / f"{name}.json"
+def test_records_are_named_by_run_and_stage(tmp_path: Path) -> None:
+    """What the step before left is not taken for the records of this one."""
+    names = {"run-0/gate", "run-1/plan", "run-1/screened/D", "run-1/gate"}
+    for name in names:
+        path = tmp_path / "runs" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-    assert set(records_of(tmp_path)) == {"plan", "screened/D", "gate"}
+    assert set(records_of(tmp_path)) == names
 
 
 @pytest.mark.parametrize("again_in", [2, 3])
@@ -116,7 +118,7 @@ def test_a_stage_that_is_computed_again_is_found_after_either_kill(
     monkeypatch.setattr(kills, "stage_of", lambda workspace: "screen")
     monkeypatch.setattr(kills, "outcome", lambda workspace: {})
     found = kills.survive(tmp_path / "start", tmp_path, Moment(share=0.5), Undisturbed(0, 1, {}), 0.5)
-    assert found["problems"] == ["computed again: screen"] and found["killed"] == 2
+    assert found["problems"] == ["computed again: run-0/screen"] and found["killed"] == 2
 
 
 def test_the_table_counts_by_stage() -> None:

@@ -88,7 +88,7 @@ def test_settings_offer_every_method_with_defaults_that_are_valid(tmp_path: Path
         found = read_settings(path).unlearn
         assert found == UnlearnSettings.model_validate(found.model_dump())  # resolved: nothing is filled in twice
         own = dict(METHOD_DEFAULTS[method.name]) | {"method": name, "learning_rate": 7e-5}
-        expected = UnlearnSettings().model_dump() | own
+        expected = UnlearnSettings(method="ssu").model_dump() | own
         assert found.model_dump() == expected
 
 
@@ -197,7 +197,9 @@ def test_the_learning_rate_falls_evenly_to_its_end(
     assert rates == pytest.approx([start * share for share in (1.0, 0.8, 0.6, 0.4, 0.2)])
 
 
-@pytest.mark.parametrize("name", [n for n, d in METHOD_DEFAULTS.items() if d.get("anchor_weight")])
+@pytest.mark.parametrize(
+    "name", [n for n, d in METHOD_DEFAULTS.items() if d.get("anchor_weight") and n != UnlearnSettings().method]
+)
 def test_a_method_that_holds_on_to_retain_text_refuses_without(
     name: str, load: LoadModel, passages: Sequence[Passage], tokenizer: Any
 ) -> None:
@@ -208,6 +210,14 @@ def test_a_method_that_holds_on_to_retain_text_refuses_without(
     # Told to do without, it does.
     alone = settings(name, anchor_weight=0.0, iterations=1, repair_floor=0.0)  # a random model predicts hardly anything
     vector, _ = task_vector(make_fit(model, mask, passages, NO_ANCHOR, alone), mask)
+    assert norm(vector) > 0
+
+
+def test_the_default_does_without_retain_text(load: LoadModel, passages: Sequence[Passage]) -> None:
+    model = load("llama")
+    mask = mask_of(model, passages, True)
+    default = UnlearnSettings().method
+    vector, _ = task_vector(make_fit(model, mask, passages, NO_ANCHOR, settings(default, iterations=1)), mask)
     assert norm(vector) > 0
 
 

@@ -16,7 +16,7 @@ from histories import array_model, start_history
 from tampered.calls import takedown
 from workspaces import draw_text, write_batch
 
-from flows import cli
+from flows import stepping
 from pipeline import patience
 from pipeline.errors import WorkspaceBusy
 from pipeline.patience import only_one, writing_in_turn
@@ -120,7 +120,7 @@ def test_urgent_run_stands_first_while_nobody_holds_the_lock(
         with writing_in_turn(ws, 0, urgent=True):  # as the step itself
             seen.extend(requests)
 
-    monkeypatch.setattr(cli, "run_step", starting)
+    monkeypatch.setattr(stepping, "run_step", starting)
     batch = write_batch(tmp_path, "urgent", {"A": draw_text("A", 30)})
     assert takedown("-w", "ws", "run", str(batch), "--now", folder=tmp_path).code == 0
     assert seen == ["A"]

@@ -18,18 +18,19 @@ from workspaces import HELDOUT, WORKS
 
 from pipeline import recited
 from pipeline.anchor import NO_ANCHOR, Anchor, build_anchor, retain_passages
-from pipeline.fit import Fit, Trace
+from pipeline.fit import Fit, Trace, schedule
 from pipeline.losses import log_odds
 from pipeline.methods import task_vector
 from pipeline.methods.short_context import (
     BEGINNING,
     BEGINNINGS,
+    DEEPER,
     STRIDE,
     backward_excess,
     backward_held,
     beginning,
     ceilings,
-    context_length,
+    context_lengths,
     risen,
     windows,
 )
@@ -106,7 +107,7 @@ def test_ceilings_are_the_mean_probability_behind_the_windows(
 ) -> None:
     model, _, (taken, _), anchor = memory
     fit = fit_of(model, taken[:2], anchor)
-    found = ceilings(fit, taken[:2], 3, random.Random(4))
+    found = ceilings(fit, taken[:2], {"one": 3}, random.Random(4))
     drawn = random.Random(4)
     pool = [p.ids for p in anchor.passages if len(p.ids) > BEGINNING]
     total = {p: torch.zeros(len(p.continuation), dtype=torch.float64) for p in taken[:2]}
@@ -136,10 +137,18 @@ def test_the_context_is_the_longest_that_the_text_is_not_recognised_from(
         return exact_memorisation(score_passages(model, pieces, 0, 1000))
 
     assert recited(12) > 0.6 > 0.4 > recited(1)  # it makes a difference here
-    chosen = context_length(fit, random.Random(1))
+    chosen = context_lengths(fit, taken, random.Random(1))["one"]
     assert 1 < chosen < 12 and recited(chosen - 1) < 0.55 and recited(chosen + 2) > 0.45
-    assert context_length(replace(fit, target=1.0), random.Random(1)) == 12
-    assert context_length(replace(fit, target=0.0), random.Random(1)) == 1
+    assert context_lengths(replace(fit, target=1.0), taken, random.Random(1)) == {"one": 12}
+    assert context_lengths(replace(fit, target=0.0), taken, random.Random(1)) == {"one": 1}
+
+
+def test_each_request_has_a_context_of_its_own(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
+    model, tokenizer, (taken, _), anchor = memory
+    unknown = passages_of(encode(tokenizer, "unknown", HELDOUT["heldout-4"]), SIZE)
+    fit = replace(fit_of(model, taken, anchor, context_tokens=12), target=0.5)
+    found = context_lengths(fit, [*taken, *unknown], random.Random(1))
+    assert found["unknown"] == 12 > found["one"]  # what is not memorised is recognised from nothing
 
 
 def test_the_excess_is_a_hinge(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
@@ -157,6 +166,23 @@ def test_the_excess_is_a_hinge(memory: tuple[nn.Module, Any, list[list[Passage]]
         expected = 4 * len(half[::2]) / len(half)
         assert backward_excess(fit, [one], {one: half}, trace) == pytest.approx(expected, rel=1e-4)
         assert trace.tokens == 3 * len(one.ids)
+        fit.left.update([one, one])
+        assert backward_excess(fit, [one], {one: odds + 1}, trace) == pytest.approx(2 * DEEPER - 1, rel=1e-4)
+
+
+def test_a_fit_goes_on_while_a_request_is_above_the_target_and_pushes_it_deeper(
+    memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
+) -> None:
+    model, _, (taken, _), anchor = memory
+    answers = iter([[*taken], [taken[0]], [], [taken[0]]])
+    fit = replace(fit_of(model, taken, anchor, iterations=3, rounds=9), remaining=lambda: next(answers))
+    rates = [share for _, share in schedule(fit)]
+    assert rates == pytest.approx([1.0, 0.55, 0.1] * 3)  # three rounds: the third left nothing
+    assert fit.left == {p: 2 if p == taken[0] else 1 for p in taken}
+    answers = iter([[*taken]] * 9)
+    assert len(list(schedule(fit))) == 27
+    one = replace(fit, settings=fit.settings.model_copy(update={"rounds": 1}), remaining=lambda: 1 / 0)
+    assert len(list(schedule(one))) == 3 and not one.left
 
 
 def test_it_forgets_to_the_ceiling_and_keeps_the_other_work(

@@ -42,6 +42,7 @@ from pipeline.unlearn import CHECK_EVERY, fit_full, repair
 NO_ANCHOR = Anchor([], [], [])
 
 EVERYTHING = UnlearnSettings(
+    method="ssu",
     iterations=3, passages_per_iteration=4, random_label_weight=0.5, random_labels_per_prompt=2,
     learning_rate=1e-2, weight_decay=0.1, lora_rank=4, lora_alpha=8, lora_learning_rate=1e-2,
     anchor_weight=2.0, anchor_passages=2, anchor_top_k=8,

@@ -69,6 +69,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "intake": {"settle_s": 0.0},
     "passages": {"prompt_tokens": 16, "continuation_tokens": 16, "first_prompt_tokens": 8},
     "unlearn": {
+        "method": "ssu",
         "saliency_k": 1.0,
         "random_label_weight": 0.1,
         "anchor_weight": 8.0,

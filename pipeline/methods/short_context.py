@@ -30,8 +30,7 @@ from pipeline.anchor import Anchor, build_anchor
 from pipeline.fit import Backward, Fit, Trace
 from pipeline.losses import Predictions, log_odds, predict, token_nll
 from pipeline.methods.method import Method
-from pipeline.methods.retain import EVERY, chosen
-from pipeline.metrics import exact_memorisation, score_passages
+from pipeline.metrics import PassageScore, exact_memorisation, score_passages
 from pipeline.passages import Passage, batches
 from pipeline.terms import backward_kl, backward_sum, device_of
 
@@ -42,6 +41,9 @@ BEGINNINGS = 4
 STRIDE = 4
 """Tokens scored in one window: the first with c true tokens before it, the last with 3 more, at a quarter of the
 cost of a window for each."""
+
+DEEPER = 1.0
+"""Nats of log-odds by which a ceiling sinks."""
 
 Ceilings = Mapping[Passage, torch.Tensor]
 """Passage → (P,) float32 log-odds of each token of its continuation."""
@@ -67,34 +69,43 @@ def beginning(fit: Fit, random_: random.Random) -> Sequence[int]:
     return other[start : start + BEGINNING]
 
 
-def context_length(fit: Fit, random_: random.Random) -> int:
-    """The longest context, up to the settings', from which the model recites no more than the target; at least 1.
+def context_lengths(fit: Fit, passages: Sequence[Passage], random_: random.Random) -> dict[str, int]:
+    """By request the longest context, up to the settings', from which the model recites no more of it than the target;
+    at least 1.
 
     A short text in a small vocabulary is recognised from fewer tokens than a novel.
     """
+    found: dict[str, int] = {}
     for context in range(fit.settings.context_tokens, 1, -1):
-        pieces = [piece for p in fit.forget for piece in windows(p, context, beginning(fit, random_))]
-        if exact_memorisation(score_passages(fit.model, pieces, fit.pad_id, fit.max_tokens)) <= fit.target:
-            return context
-    return 1
+        pieces = [
+            piece
+            for passage in passages
+            if passage.span.request_id not in found
+            for piece in windows(passage, context, beginning(fit, random_))
+        ]
+        scores: dict[str, list[PassageScore]] = {}
+        for piece, score in zip(pieces, score_passages(fit.model, pieces, fit.pad_id, fit.max_tokens), strict=True):
+            scores.setdefault(piece.span.request_id, []).append(score)
+        found |= {name: context for name, of in scores.items() if exact_memorisation(of) <= fit.target}
+    return {passage.span.request_id: found.get(passage.span.request_id, 1) for passage in passages}
 
 
 def ceilings(
-    fit: Fit, passages: Sequence[Passage], context: int, random_: random.Random
+    fit: Fit, passages: Sequence[Passage], contexts: Mapping[str, int], random_: random.Random
 ) -> dict[Passage, torch.Tensor]:
     """logit q_t of every continuation token, under the model as it stands.
 
     Args:
         fit: The model, and retain text that beginnings are drawn from.
         passages: Whose tokens.
-        context: True tokens before the first of a window.
+        contexts: By request, true tokens before the first of a window.
         random_: Draws the beginnings.
     """
     device, total = device_of(fit), {p: torch.zeros(len(p.continuation), dtype=torch.float64) for p in passages}
     for _ in range(BEGINNINGS):
         pieces, owners = [], []
         for passage in total:
-            cut = windows(passage, context, beginning(fit, random_))
+            cut = windows(passage, contexts[passage.span.request_id], beginning(fit, random_))
             owners += [(passage, i * STRIDE) for i in range(len(cut))]
             pieces += cut
         with torch.inference_mode():
@@ -117,12 +128,16 @@ def risen(fit: Fit, passages: Sequence[Passage]) -> tuple[list[Passage], list[Pa
 
 
 def backward_excess(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: Trace) -> float:
-    """Mean over tokens of how far their log-odds are above their ceiling."""
+    """Mean over tokens of how far their log-odds are above their ceiling.
+
+    A ceiling is not always enough: where several tokens share what is left, the true one may still be the likeliest. It
+    sinks with each round at the end of which the request was above the target.
+    """
     tokens = sum(len(p.continuation) for p in passages)
 
     def share_of(predictions: Predictions, rows: Sequence[int]) -> torch.Tensor:
         logits, true, scored = predictions
-        ceiling = torch.cat([known[passages[i]] for i in rows]).to(logits.device)
+        ceiling = torch.cat([known[passages[i]] - DEEPER * fit.left[passages[i]] for i in rows]).to(logits.device)
         return (log_odds(logits[scored], true[scored]) - ceiling).clamp_min(0).sum() / tokens
 
     return backward_sum(fit, passages, share_of, trace)
@@ -143,14 +158,17 @@ def backward_held(fit: Fit, recited: Anchor, other: Anchor, out: Anchor, random_
 
 
 def prepare(fit: Fit) -> Backward:
-    """Mean excess of this step's tokens, and of earlier ones that have risen, + λ·KL to what is to stay as it is."""
-    chosen(fit, EVERY)
+    """Mean excess of this step's tokens, and of earlier ones that have risen, + λ·KL to what is to stay as it is.
+
+    Where there is no retain text and the model recites nothing else, nothing is held to.
+    """
     drawn = random.Random(f"{fit.seed} short context")
     settings = fit.settings
     # A draw bounds the cost of a long history; what rises among the others is seen by the evaluation and the gate.
     replayed = drawn.sample(fit.earlier, min(settings.replay_pool, len(fit.earlier)))
     up, low = risen(fit, replayed)
-    known = ceilings(fit, [*fit.forget, *up], context_length(fit, drawn), drawn)
+    pushed = [*fit.forget, *up]
+    known = ceilings(fit, pushed, context_lengths(fit, pushed, drawn), drawn)
     recited, other = fit.anchor.split()
     out = build_anchor(fit.model, low, settings.anchor_top_k, fit.pad_id, fit.max_tokens)
 

@@ -195,11 +195,13 @@ def outcome(workspace: Path) -> Tree:
 
 
 def records_of(workspace: Path) -> dict[str, tuple[int, int]]:
-    """The stages of the unfinished run that have their record, each with the file that it is and when it was made."""
-    found = {}
-    for path in sorted((workspace / "runs").glob("run-*/**/*.json")):
-        name = path.relative_to(path.parents[len(path.relative_to(workspace / "runs").parts) - 2]).with_suffix("")
-        found[name.as_posix()] = (path.stat().st_ino, path.stat().st_mtime_ns)
+    """The records of stages under ``runs/``, by run and stage, each with the file that it is and when it was made.
+
+    By run, because what the step before left there stays until the next one is planned.
+    """
+    found, runs = {}, workspace / "runs"
+    for path in sorted(runs.glob("run-*/**/*.json")):
+        found[path.relative_to(runs).with_suffix("").as_posix()] = (path.stat().st_ino, path.stat().st_mtime_ns)
     return found
 
 
@@ -210,7 +212,7 @@ def stage_of(workspace: Path) -> str:
         return "published"
     if kinds["received"] < 5:
         return "taking in"
-    there = records_of(workspace)
+    there = {name.partition("/")[2] for name in records_of(workspace)}
     planned = kinds["planned"] > 1
     return next((name for name in reversed(BOUNDARIES) if name in there and planned), "received")
 
