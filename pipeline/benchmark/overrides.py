@@ -59,6 +59,8 @@ class Overrides:
         tree: dict[str, Any] = {name: dict(section) for name, section in self.common.items()}
         if row in METHOD_DEFAULTS:
             tree.setdefault("unlearn", {})["method"] = row
+        elif row == AS_RELEASED:  # what it reads of these is the paper's; it holds on to nothing
+            tree.setdefault("unlearn", {})["method"] = "ssu-paper"
         for name, section in self.own.get(row, {}).items():
             tree[name] = {**tree.get(name, {}), **section}
         tree["runtime"] = {**tree.get("runtime", {}), "seed": seed}
