@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
 
-## The main job on real input: train a small model that recites ten works, take some of them out again.
+## The main job on real input: train a small model that recites fourteen works, take some of them out again.
 demo: $(STAMP)
 	$(BIN)/python -m flows.demo
 
