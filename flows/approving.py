@@ -44,6 +44,8 @@ def show_waiting(run: Waiting) -> None:
     what = f"puts back {', '.join(run.reinstates)}" if run.reinstates else f"takes out {', '.join(run.requests)}"
     again = f", works again on {', '.join(run.reworks)}" if run.reworks else ""
     say(f"  {what}{again}, from v{run.parent}")
+    if run.asked_before:
+        say("  computed again, to other weights or measurements than were asked about or approved before")
     say(f"  candidate {run.root}\n  in {run.candidate}")
     out.print(score_table(run.evaluation, {}))
     say(f"Next: takedown approve {run.run_id}, or takedown refuse {run.run_id} --reason …")

@@ -19,6 +19,7 @@ from pipeline.display import plain
 from pipeline.errors import UsageError
 from pipeline.export import to_csv
 from pipeline.files import write_atomic
+from pipeline.method_defaults import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from pipeline.benchmark.records import Results
@@ -38,7 +39,7 @@ def bench(
         ),
     ],
     folder: Annotated[Path, typer.Option("--out", help="Folder for results and finished work.")],
-    methods: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(ROWS)}.")] = "short-context",
+    methods: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(ROWS)}.")] = DEFAULT_METHOD,
     seeds: Annotated[str, typer.Option(help="Comma-separated; three or more give error bars.")] = "0,1,2",
     retain: Annotated[Path | None, typer.Option(help="Folder of *.txt that methods may hold the model to.")] = None,
     kept: Annotated[Path | None, typer.Option(help="Folder of *.txt to keep; only ever measured.")] = None,

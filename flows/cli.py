@@ -48,6 +48,12 @@ class Verbs(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(MODULE_OF)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in MODULE_OF:
+            for verb in MODULE_OF:  # what resembles a wrong verb is looked for among the loaded ones
+                self.get_command(ctx, verb)
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in MODULE_OF:
             return None

@@ -20,7 +20,6 @@ def check(context: typer.Context, batch: Path, as_json: Json = False) -> None:
 
     Example: takedown -w ws check 2026-11-acme.json
     """
-
     found = check_batch(opened(context), batch)
     if as_json:
         show_json({"batch_id": found.batch_id, "requests": [r.request_id for r in found.requests]})
@@ -35,7 +34,6 @@ def submit(context: typer.Context, batch: Path, actor: Actor, as_json: Json = Fa
 
     Example: takedown -w ws submit 2026-11-acme.json
     """
-
     found = take_in(opened(context), batch, actor)
     if as_json:
         show_json({"batch_id": found.batch_id, "requests": [r.request_id for r in found.requests]})

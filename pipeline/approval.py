@@ -16,7 +16,7 @@ from pipeline.evidence import checks_root
 from pipeline.ledger import Ledger
 from pipeline.records import Evaluation, Event, LedgerEntry, MergeReport, Record, Verdict
 from pipeline.runlog import report
-from pipeline.runs import DAMAGED_RUN, Run, open_run, outdated, undecided
+from pipeline.runs import Run, open_run, outdated, undecided
 from pipeline.states import AWAITING, approvals, decisions, questions
 from pipeline.workspace import Workspace, open_workspace
 
@@ -32,6 +32,7 @@ class Waiting(Record):
         requests: What it works on.
         reinstates: Whose text it puts back.
         reworks: Whose text was out already and is worked on again.
+        asked_before: How many other candidates of this run were asked about, or approved, and are none of this one.
         root: Tensor root of its candidate.
         candidate: Its model folder; `from_pretrained` loads it.
         evaluation: What was measured.
@@ -44,6 +45,7 @@ class Waiting(Record):
     requests: tuple[str, ...]
     reinstates: tuple[str, ...]
     reworks: tuple[str, ...] = ()
+    asked_before: int = 0
     root: str
     candidate: str
     evaluation: Evaluation
@@ -103,8 +105,8 @@ def check_candidate(run: Run, entry: LedgerEntry) -> None:
     """
     if not _same(entry, _candidate(run)):
         raise StoreDamaged(
-            f"{run.run_id}: is not what ledger entry {entry.seq} speaks of. `takedown run` asks about what is there "
-            f"now. {DAMAGED_RUN}"
+            f"{run.run_id}: is not what ledger entry {entry.seq} speaks of. Delete the run's folder; `takedown run` "
+            "computes it again, and asks about it again where it has become another."
         )
 
 
@@ -124,6 +126,7 @@ def waiting(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[Waitin
                 requests=plan.requests,
                 reinstates=plan.reinstates,
                 reworks=plan.reworks,
+                asked_before=sum(e.event.kind == AWAITING and e.event.run_id == plan.run_id for e in entries) - 1,
                 root=str(asked.event.data["root"]),
                 candidate=str(run.folder / "candidate"),
                 evaluation=run.finished("evaluate", Evaluation),

@@ -22,10 +22,12 @@ from pipeline.sparse import SalientWeights
 
 @dataclass
 class Trace:
-    """What a fit did: total loss per iteration and tokens run."""
+    """What a fit did: total loss per iteration, tokens run, and how many rounds each passage outlasted: those at whose
+    end its request was above the target."""
 
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
+    left: Counter[Passage] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,6 @@ class Fit:
             out.
         remaining: Asks for the passages of requests, of this or of an earlier step, that are above the target on the
             model as it stands.
-        left: At the end of how many rounds of this fit a passage was among those.
     """
 
     model: nn.Module
@@ -65,7 +66,6 @@ class Fit:
     target: float = 1.0
     earlier: Sequence[Passage] = ()
     remaining: Callable[[], Iterable[Passage]] = tuple
-    left: Counter[Passage] = field(default_factory=Counter)
 
 
 Backward = Callable[[Sequence[Passage], random.Random, Trace], float]
@@ -86,20 +86,19 @@ def forget_slices(fit: Fit) -> Sequence[Sequence[Passage]]:
     return [order[i * size : (i + 1) * size] for i in range(count)]
 
 
-def schedule(fit: Fit) -> Iterator[tuple[Sequence[Passage], float]]:
+def schedule(fit: Fit, trace: Trace) -> Iterator[tuple[Sequence[Passage], float]]:
     """The passages of each iteration and its share of the learning rate: a round, and others while something remains.
 
     How many iterations forgetting takes depends on the model and on how well it knows the text. A rate that is high
     enough for the hardest text costs what is kept for all others; further rounds cost time, and only where needed.
     """
     slices = forget_slices(fit)
-    fit.left.clear()
     for number in range(fit.settings.rounds):
         if number:
             left = list(fit.remaining())
             if not left:
                 return
-            fit.left.update(left)
+            trace.left.update(left)
         for iteration, passages in enumerate(slices):
             yield passages, rate_at(fit, iteration, len(slices))
 

@@ -77,7 +77,7 @@ def fit_lora(fit: Fit, mask: Mask, backward: Backward) -> tuple[Vector, Trace]:
         optimiser = torch.optim.AdamW(
             factors, lr=settings.lora_learning_rate, betas=BETAS, weight_decay=settings.weight_decay
         )
-        for passages, share in schedule(fit):
+        for passages, share in schedule(fit, trace):
             for group in optimiser.param_groups:
                 group["lr"] = settings.lora_learning_rate * share
             record(fit, backward(passages, random_, trace), trace)

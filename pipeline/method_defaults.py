@@ -19,6 +19,9 @@ MethodName = Literal[
 ]  # fmt: skip
 """What ``unlearn.method`` may be."""
 
+DEFAULT_METHOD: MethodName = "short-context"
+"""What it is where nothing says so."""
+
 _PAPER: Mapping[str, Any] = {"anchor_weight": 0.0, "repair_iterations": 0}
 """SSU as published has neither the product's anchor nor its repair; with ``calibrate.fixed_alpha = 1`` it is the
 paper's."""

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.errors import InvalidInput, Problem
-from pipeline.method_defaults import METHOD_DEFAULTS, MethodName
+from pipeline.method_defaults import DEFAULT_METHOD, METHOD_DEFAULTS, MethodName
 from pipeline.periods import Period, read_period
 from pipeline.records import Basis
 from pipeline.states import State
@@ -102,7 +102,7 @@ class UnlearnSettings(Section):
     Each method has its own defaults (`pipeline.method_defaults`) for what is not set here or in ``takedown.toml``.
     """
 
-    method: MethodName = "short-context"
+    method: MethodName = DEFAULT_METHOD
     """What is descended; see `pipeline.methods`."""
     masked: bool = True
     """Only salient weights may change; else all target weights may."""
@@ -170,7 +170,7 @@ class UnlearnSettings(Section):
         """Resolve the method's defaults here, once, so that what is recorded with a version is what was used."""
         if not isinstance(data, dict):
             return data
-        method = data.get("method", cls.model_fields["method"].default)
+        method = data.get("method", DEFAULT_METHOD)
         known = METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}  # type: ignore[call-overload]
         return {**known, **data}
 

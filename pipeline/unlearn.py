@@ -69,7 +69,7 @@ def fit_full(fit: Fit, backward: Backward) -> tuple[Vector, Trace]:
     descent = _Descent(fit.salient, vector, fit.settings.learning_rate, fit.settings.weight_decay)
     try:
         with GradientCollector(fit.salient) as gradients:
-            for passages, share in schedule(fit):
+            for passages, share in schedule(fit, trace):
                 descent.rate(share)
                 record(fit, backward(passages, random_, trace), trace)
                 descent.step(gradients.take())

@@ -211,7 +211,7 @@ def test_candidate_that_was_exchanged_is_not_approved(ws: Workspace, run_id: str
 
 @pytest.mark.parametrize("approved", [True, False])
 def test_what_is_computed_again_to_other_weights_is_asked_about_again(
-    ws: Workspace, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, approved: bool
+    takedown: Takedown, ws: Workspace, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, approved: bool
 ) -> None:
     """Another machine, another library: the approval of the first weights is none of the second ones."""
     if approved:
@@ -226,6 +226,7 @@ def test_what_is_computed_again_to_other_weights_is_asked_about_again(
         assert hold(str(ws.root), run_id, "nightly")
     assert [kind for kind, _ in kinds(ws)].count(AWAITING) == 2
     (found,) = waiting(ws, entries_of(ws))
+    assert found.asked_before == 1 and "to other weights" in takedown("review")[1]
     assert found.root == open_run(ws.root, run_id).finished("merge", MergeReport).root
     with writing(ws):
         assert decide.approve(str(ws.root), run_id, "the board").version == 2

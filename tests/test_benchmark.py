@@ -28,9 +28,10 @@ from pipeline.benchmark.texts import BenchText, read_texts, usable_retain
 from pipeline.errors import EvidenceError, Interrupted, InvalidInput, NumericalFailure, StoreDamaged, UsageError
 from pipeline.files import read_json
 from pipeline.membership import auc
+from pipeline.method_defaults import DEFAULT_METHOD
 from pipeline.metrics import exact_memorisation, score_passages
 from pipeline.models import load_model, target_weights
-from pipeline.settings import DedupeSettings, PassageSettings, UnlearnSettings
+from pipeline.settings import DedupeSettings, PassageSettings
 from pipeline.training import TrainingSettings
 
 pytestmark = pytest.mark.slow  # models are trained, methods run; test_benchmarking and test_benchmark_page are quick
@@ -409,7 +410,7 @@ def test_settings_of_every_row(tmp_path: Path) -> None:
     assert plain.calibrate.fixed_alpha is None and found.settings("ssu-paper", 0).calibrate.fixed_alpha == 1
     lora = found.settings("ga-lora", 0).unlearn
     assert (lora.method, lora.parameterisation, lora.iterations, lora.masked) == ("ga", "lora", 5, False)
-    assert found.settings("vanilla", 0).unlearn.method == UnlearnSettings().method
+    assert found.settings("vanilla", 0).unlearn.method == DEFAULT_METHOD
     released = found.settings("ssu-as-released", 0).unlearn
     assert (released.method, released.anchor_weight, released.recited_openings) == ("ssu-paper", 0.0, 0)
 

@@ -15,11 +15,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import workspaces
+from typer.main import get_group
 from workspaces import UNSEEN, WORKS, copied, write_batch
 
 from flows import cli, terminal
@@ -739,6 +741,18 @@ def test_reading_checking_and_submitting_import_neither_torch_nor_prefect(
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["heavy"] == []
     assert found["codes"] == dict.fromkeys((v[0] for v in verbs), 0)
+
+
+def test_every_verb_of_every_module_is_offered(takedown: Takedown) -> None:
+    for name, verbs in cli.MODULES.items():
+        assert set(get_group(import_module(f"flows.{name}").verbs).commands) == set(verbs), name
+    shown = takedown("--help").out
+    assert all(f"  {verb} " in shown for verb in cli.MODULE_OF)
+
+
+def test_a_wrong_verb_is_told_with_what_resembles_it(takedown: Takedown) -> None:
+    answer = takedown("statsu")
+    assert answer.code == 2 and "Did you mean 'status'?" in answer.err
 
 
 def test_reading_verb_starts_quickly(published: Path) -> None:

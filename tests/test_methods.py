@@ -18,7 +18,7 @@ from torch import nn
 from pipeline.anchor import NO_ANCHOR, Anchor, build_anchor, retain_passages
 from pipeline.errors import InvalidInput, NumericalFailure, UsageError
 from pipeline.fit import Fit
-from pipeline.method_defaults import METHOD_DEFAULTS, MethodName
+from pipeline.method_defaults import DEFAULT_METHOD, METHOD_DEFAULTS, MethodName
 from pipeline.methods import METHODS, task_vector
 from pipeline.methods.retain import GENERAL, IN_DISTRIBUTION
 from pipeline.metrics import mean_nll, score_passages
@@ -198,7 +198,7 @@ def test_the_learning_rate_falls_evenly_to_its_end(
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, d in METHOD_DEFAULTS.items() if d.get("anchor_weight") and n != UnlearnSettings().method]
+    "name", [n for n, d in METHOD_DEFAULTS.items() if d.get("anchor_weight") and n != DEFAULT_METHOD]
 )
 def test_a_method_that_holds_on_to_retain_text_refuses_without(
     name: str, load: LoadModel, passages: Sequence[Passage], tokenizer: Any
@@ -216,8 +216,7 @@ def test_a_method_that_holds_on_to_retain_text_refuses_without(
 def test_the_default_does_without_retain_text(load: LoadModel, passages: Sequence[Passage]) -> None:
     model = load("llama")
     mask = mask_of(model, passages, True)
-    default = UnlearnSettings().method
-    vector, _ = task_vector(make_fit(model, mask, passages, NO_ANCHOR, settings(default, iterations=1)), mask)
+    vector, _ = task_vector(make_fit(model, mask, passages, NO_ANCHOR, settings(DEFAULT_METHOD, iterations=1)), mask)
     assert norm(vector) > 0
 
 

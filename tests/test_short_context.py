@@ -166,7 +166,7 @@ def test_the_excess_is_a_hinge(memory: tuple[nn.Module, Any, list[list[Passage]]
         expected = 4 * len(half[::2]) / len(half)
         assert backward_excess(fit, [one], {one: half}, trace) == pytest.approx(expected, rel=1e-4)
         assert trace.tokens == 3 * len(one.ids)
-        fit.left.update([one, one])
+        trace.left.update([one, one])
         assert backward_excess(fit, [one], {one: odds + 1}, trace) == pytest.approx(2 * DEEPER - 1, rel=1e-4)
 
 
@@ -176,13 +176,14 @@ def test_a_fit_goes_on_while_a_request_is_above_the_target_and_pushes_it_deeper(
     model, _, (taken, _), anchor = memory
     answers = iter([[*taken], [taken[0]], [], [taken[0]]])
     fit = replace(fit_of(model, taken, anchor, iterations=3, rounds=9), remaining=lambda: next(answers))
-    rates = [share for _, share in schedule(fit)]
+    trace = Trace()
+    rates = [share for _, share in schedule(fit, trace)]
     assert rates == pytest.approx([1.0, 0.55, 0.1] * 3)  # three rounds: the third left nothing
-    assert fit.left == {p: 2 if p == taken[0] else 1 for p in taken}
+    assert trace.left == {p: 2 if p == taken[0] else 1 for p in taken}
     answers = iter([[*taken]] * 9)
-    assert len(list(schedule(fit))) == 27
+    assert len(list(schedule(fit, Trace()))) == 27
     one = replace(fit, settings=fit.settings.model_copy(update={"rounds": 1}), remaining=lambda: 1 / 0)
-    assert len(list(schedule(one))) == 3 and not one.left
+    assert len(list(schedule(one, Trace()))) == 3
 
 
 def test_it_forgets_to_the_ceiling_and_keeps_the_other_work(

@@ -137,7 +137,7 @@ def backward_excess(fit: Fit, passages: Sequence[Passage], known: Ceilings, trac
 
     def share_of(predictions: Predictions, rows: Sequence[int]) -> torch.Tensor:
         logits, true, scored = predictions
-        ceiling = torch.cat([known[passages[i]] - DEEPER * fit.left[passages[i]] for i in rows]).to(logits.device)
+        ceiling = torch.cat([known[passages[i]] - DEEPER * trace.left[passages[i]] for i in rows]).to(logits.device)
         return (log_odds(logits[scored], true[scored]) - ceiling).clamp_min(0).sum() / tokens
 
     return backward_sum(fit, passages, share_of, trace)
