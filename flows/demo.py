@@ -107,11 +107,11 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     shutil.rmtree(root, ignore_errors=True)
 
-    from flows.environment import prepare
+    from flows.server import some_server
 
     # Prefect's own database is kept between demos: making it anew costs ten seconds.
     os.environ.setdefault("PREFECT_HOME", str(FOLDER / "prefect"))
-    prepare(root)
+    some_server(root)
     from flows.terminal import quiet_libraries
 
     quiet_libraries()

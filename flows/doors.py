@@ -7,6 +7,7 @@ ever, so no text is ever asked for. torch is imported where it is needed: the pr
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.exceptions import FailedRun
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -41,6 +43,11 @@ NAMES = {"published": "Published", "refused": "Refused", "nothing": "Answered", 
 """The final state of a run in Prefect, by its outcome."""
 
 OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+logging.getLogger("prefect.engine").addFilter(
+    # A state that says Failed is raised once more at the end of the process; its traceback would look like a crash.
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], FailedRun))
+)
+
 TOLD: dict[str, Any] = {"persist_result": False, "on_failure": [tell], "on_crashed": [tell]}
 """Of every door: who is to be told of a bad end is told, see `flows.telling`."""
 

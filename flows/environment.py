@@ -17,11 +17,13 @@ QUIET = {
     "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    # 20 s, the default, is too short for a first start on two busy cores.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    # Its newer pages ask a service for statistics for its configuration, whatever is set; the older ones ask nobody.
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",
     # The command prints its own message for every failure; the run's state in Prefect keeps the traceback.
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    # A page of text for each event that no server takes.
+    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -53,14 +55,14 @@ def served_at(workspace: Path) -> str:
         return ""
 
 
-def prepare(workspace: Path) -> str:
+def prepare(workspace: Path) -> str | None:
     """Set the environment for runs of this workspace.
 
     A server named by ``PREFECT_API_URL`` is used when it answers, else the one that `takedown serve` runs for this
-    workspace; else Prefect embeds its own. What the user has set is left alone.
+    workspace. What the user has set is left alone.
 
     Returns:
-        The server's API address, or ``embedded``.
+        The server's API address; None where none answers, see `flows.server.some_server`.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -70,4 +72,4 @@ def prepare(workspace: Path) -> str:
             os.environ["PREFECT_API_URL"] = api_url
             return api_url
     os.environ.pop("PREFECT_API_URL", None)
-    return "embedded"
+    return None

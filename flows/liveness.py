@@ -28,10 +28,12 @@ from prefect.client.schemas.filters import (
     TaskRunFilterStateType,
 )
 from prefect.client.schemas.objects import StateType
+from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Crashed
 
 from flows.environment import prefect_home
+from flows.telling import tell_of
 from pipeline.files import remove
 from pipeline.patience import is_locked
 
@@ -104,6 +106,8 @@ def reconcile(workspace: Path) -> int:
             )
             _end_tasks(client, run.id)
             client.set_flow_run_state(run.id, gone, force=True)
+            # Hooks are not called for a state that is set from outside.
+            tell_of(client.read_flow(run.flow_id).name, run, gone, flow_run_logger(run))
     for path in _file(workspace, "*").parent.glob("*"):
         if not _is_alive(path):
             remove(path)

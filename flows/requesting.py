@@ -45,6 +45,9 @@ def submit(context: typer.Context, batch: Path, actor: Actor, as_json: Json = Fa
 def hold(context: typer.Context, request: str, reason: Reason, actor: Actor, as_json: Json = False) -> None:
     """Put a request on legal hold: no run works on it, and nothing is purged meanwhile.
 
+    A text that is out already stays out: it is measured, and where another one's reinstatement brings it back, taken
+    out again.
+
     Example: takedown -w ws hold TD-1 --reason "court order 7/26"
     """
     put_on_record(context, "hold", request, actor, reason, as_json)

@@ -59,9 +59,9 @@ def task_runner(runtime: RuntimeSettings) -> TaskRunner[Any]:
 
 
 def _on_dask(workers: int) -> TaskRunner[Any]:
+    address, local = dask_place(workers)
     from prefect_dask import DaskTaskRunner
 
-    address, local = dask_place(workers)
     made: TaskRunner[Any] = DaskTaskRunner(address=address, cluster_kwargs=local or None)
     return made
 

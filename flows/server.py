@@ -3,11 +3,13 @@
 In: a workspace and a port. Out: an API address that answers. Never: a server that outlives its parent: the child reads
 a pipe that only the parent holds open, and stops at its end, which the kernel brings about also after kill -9.
 
-Run as ``python -m flows.server PORT`` this module is that child.
+Run as ``python -m flows.server PORT`` this module is that child; with ``embedded`` behind the port it serves no page
+and no schedule, for a single command. (Prefect can embed a server by itself, but that one outlives a killed command.)
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -15,11 +17,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.environment import address_file, prefect_home, server_answers
+from flows.environment import address_file, prefect_home, prepare, server_answers
 from pipeline.errors import Interrupted, UsageError
 from pipeline.files import remove, write_json
 
@@ -54,12 +56,7 @@ def own_server(workspace: Path, port: int) -> Iterator[tuple[str, subprocess.Pop
         log.replace(home / "server.log.1")
     environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_UI_API_URL": api_url}
     environment.pop("PREFECT_API_URL", None)
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(port)],
-            stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=environment,
-            start_new_session=True,  # Ctrl-C in the terminal is for the parent alone, which ends the runs first
-        )  # fmt: skip
+    process = _begin(port, log, environment)
     try:
         _wait_until_healthy(process, api_url, log)
         write_json(address_file(workspace), {"api_url": api_url, "pid": process.pid})
@@ -67,6 +64,40 @@ def own_server(workspace: Path, port: int) -> Iterator[tuple[str, subprocess.Pop
     finally:
         remove(address_file(workspace))
         _stop(process)
+
+
+def some_server(workspace: Path) -> str:
+    """Set the environment as `prepare` does; where no server answers, start one that ends with this process.
+
+    Returns:
+        The API address, which answers.
+
+    Raises:
+        Interrupted: The server does not start; says where its log is.
+    """
+    if (found := prepare(workspace)) is not None:
+        return found
+    home = Path(os.environ["PREFECT_HOME"])
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    log, api_url = home / "embedded.log", f"http://{HOST}:{port}/api"
+    environment = os.environ | {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
+    process = _begin(port, log, environment, "embedded")
+    atexit.register(_stop, process)
+    _wait_until_healthy(process, api_url, log)
+    os.environ["PREFECT_API_URL"] = api_url
+    return api_url
+
+
+def _begin(port: int, log: Path, environment: Mapping[str, str], *more: str) -> subprocess.Popen[bytes]:
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.server", str(port), *more],
+            stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=environment,
+            start_new_session=True,  # Ctrl-C in the terminal is for the parent alone, which ends the runs first
+        )  # fmt: skip
 
 
 def _require_free(port: int) -> None:
@@ -115,6 +146,12 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if sys.argv[2:] == ["embedded"]:
+        import uvicorn
+
+        made_by, port = "prefect.server.api.server:create_app", int(sys.argv[1])
+        uvicorn.run(made_by, factory=True, host=HOST, port=port, log_level="error", lifespan="on")
+        sys.exit()
     sys.argv = ["prefect", "server", "start", "--host", HOST, "--port", sys.argv[1]]
     from prefect.cli import app
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ from flows.terminal import (
 )
 from flows.versioning import storage_line
 from pipeline.approval import waiting
+from pipeline.errors import Interrupted
 from pipeline.history import step_view
 from pipeline.patience import LONGEST_WAIT_S, standing_first, writing_in_turn
 from pipeline.records import Publication
@@ -42,6 +44,26 @@ if TYPE_CHECKING:
     from pipeline.dropfolder import Delivery
 
 verbs = typer.Typer(rich_markup_mode=None)
+
+ANSWERED = "Every request of this batch is answered, or on hold; see takedown status."
+
+
+@contextmanager
+def server_needed() -> Iterator[None]:
+    """Tell in one sentence that Prefect's server went away; it was asked for minutes then.
+
+    Raises:
+        Interrupted: It cannot be reached.
+    """
+    from httpx import HTTPError
+
+    try:
+        yield
+    except HTTPError as error:
+        raise Interrupted(
+            f"Prefect's server cannot be reached any more ({type(error).__name__}). What was finished is kept; the "
+            "same command continues, with a server of its own where none answers."
+        ) from None
 
 
 @verbs.command()
@@ -91,8 +113,7 @@ def run(
         entries = read_entries(workspace)
         held = batch is None and undecided(workspace, entries)  # the step shows it, or finishes it
         if requests == [] or not (held or any(s.to_do for s in request_states(entries).values())):
-            answered = "Every request of this batch is answered; see takedown status."
-            idle = "Nothing waits." if batch is None else answered
+            idle = "Nothing waits." if batch is None else ANSWERED
             show_json({"outcome": "idle"}) if as_json else say(idle)
         else:
             run_step(workspace, requests, actor, as_json, now)
@@ -130,18 +151,19 @@ def run_step(workspace: Workspace, requests: list[str] | None, actor: str, as_js
     Raises:
         typer.Exit: With 1, when the gate refused.
     """
-    from flows.environment import prepare
+    from flows.server import some_server
 
-    prepare(workspace.root)
     quiet_libraries()
-    with bars(err, "starting Prefect"):
+    with bars(err, "starting Prefect"), server_needed():
+        some_server(workspace.root)
         from flows.liveness import reconcile
         from flows.takedown import takedown
 
         reconcile(workspace.root)
         publication = takedown(str(workspace.root), requests, actor, urgent=now)
     if publication is None:  # another process answered them in the meantime
-        show_json({"outcome": "idle"}) if as_json else say("Nothing waits.")
+        idle = "Nothing waits." if requests is None else ANSWERED
+        show_json({"outcome": "idle"}) if as_json else say(idle)
         return
     show_outcome(workspace, publication, as_json)
 
@@ -168,11 +190,11 @@ def reinstate(
         entries = read_entries(workspace)
         if unfinished(workspace, entries, requests) is None:
             check_reinstatement(workspace, entries, requests, reason)
-    from flows.environment import prepare
+    from flows.server import some_server
 
-    prepare(workspace.root)
     quiet_libraries()
-    with bars(err, "starting Prefect"):
+    with bars(err, "starting Prefect"), server_needed():
+        some_server(workspace.root)
         from flows.liveness import reconcile
         from flows.takedown import reinstate as flow
 

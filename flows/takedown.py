@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from httpx import HTTPError
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -23,6 +24,7 @@ from pipeline.reinstate import plan_reinstatement as reinstate_plan
 from pipeline.runlog import watched
 from pipeline.runs import open_run, plan_run
 from pipeline.states import AWAITING
+from pipeline.submit import still_waiting
 from pipeline.workspace import open_workspace, writing
 
 OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -122,7 +124,14 @@ def publish(workspace: str, run_id: str, actor: str, reason: str = "") -> Public
 
 @task(**OPTIONS)
 def leave_artifacts(workspace: str, run_id: str, publication: Publication) -> None:
-    """Leave a summary and a table in Prefect for people; the ledger is the record."""
+    """Leave a summary and a table in Prefect for people; nothing fails without them, for the ledger is the record."""
+    try:
+        _leave(workspace, run_id, publication)
+    except HTTPError:
+        return
+
+
+def _leave(workspace: str, run_id: str, publication: Publication) -> None:
     run = open_run(workspace, run_id)
     version = f"v{publication.version}" if publication.version is not None else "none"
     again = run.plan.reworks if publication.outcome != "nothing" else ()
@@ -157,6 +166,8 @@ def takedown(
     """
     opened = open_workspace(Path(workspace))
     with alive(opened.root), writing_in_turn(opened, LONGEST_WAIT_S if urgent else 0.0, urgent):
+        if requests is not None and not still_waiting(opened, "", requests):
+            return None  # somebody else answered them while this waited for the lock
         return step(workspace, requests, actor)
 
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from prefect import Flow
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.logging.loggers import flow_run_logger
+from prefect.logging.loggers import PrefectLogAdapter, flow_run_logger
 
 from pipeline.clocks import overdue
 from pipeline.display import plain, plural
@@ -39,13 +39,17 @@ def tell(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
 
     Prefect calls this with these names, in the process of the run, or in that of `takedown serve` for one that died.
     """
-    log = flow_run_logger(flow_run, flow)
+    tell_of(flow.name, flow_run, state, flow_run_logger(flow_run, flow))
+
+
+def tell_of(flow: str, flow_run: FlowRun, state: State[Any], log: PrefectLogAdapter) -> None:
+    """The same, of a run of the flow of that name whose process is gone; see `flows.liveness.reconcile`."""
     try:
         workspace = open_workspace(Path(str(flow_run.parameters.get("workspace"))))
         url = workspace.settings().serve.webhook
         if url is None:
             return
-        failure = post(url, message(workspace, flow.name, flow_run, state))
+        failure = post(url, message(workspace, flow, flow_run, state))
     except (TakedownError, OSError) as error:
         failure = plain(str(error), 2000)
     if failure:

@@ -155,6 +155,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("prefect").setLevel(logging.ERROR)
+    logging.getLogger("EventsWorker").setLevel(logging.ERROR)  # Prefect's; counts what it could not send
 
 
 def checked_entries(workspace: Workspace) -> tuple[LedgerEntry, ...]:

@@ -217,6 +217,8 @@ def _publish_version(run: Run, spans: Mapping[str, Sequence[PassageSpan]]) -> tu
         sign=model_signer(run.workspace.keys),
         replace_orphan=True,
         parent_folder=model_folder(run, run.plan.parent),
+        # Not the weights alone: another config.json or tokenizer is another model than the one that was measured.
+        evaluated={file.path: file.digest for file in merged.files},
     )
     if published.manifest.root != merged.root:
         raise StoreDamaged(

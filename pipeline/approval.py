@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.display import plain
 from pipeline.errors import StoreDamaged, UsageError
 from pipeline.evidence import checks_root
+from pipeline.files import digest_json
 from pipeline.ledger import Ledger
 from pipeline.records import Evaluation, Event, LedgerEntry, MergeReport, Record, Verdict
 from pipeline.runlog import report
@@ -86,9 +87,11 @@ def hold(workspace_root: str, run_id: str, actor: str, reason: str = "") -> bool
 
 
 def _candidate(run: Run) -> dict[str, object]:
-    """What is decided on: these weights, with these measurements."""
+    """What is decided on: these weights in these files, with these measurements."""
+    merged = run.finished("merge", MergeReport)
     return {
-        "root": run.finished("merge", MergeReport).root,
+        "root": merged.root,
+        "files": digest_json([[file.path, file.digest] for file in merged.files]),
         "checks": checks_root(run.finished("evaluate", Evaluation)),
     }
 
@@ -111,12 +114,18 @@ def check_candidate(run: Run, entry: LedgerEntry) -> None:
 
 
 def waiting(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[Waiting]:
-    """The runs that wait for a decision, oldest first; reads only."""
+    """The runs that wait for a decision, oldest first; reads only.
+
+    Not one that is computed again, until it is there again: nobody can look at it meanwhile, and it may become another.
+    """
     found, approved, asked_about = [], approvals(entries), questions(entries)
     for plan in undecided(workspace, entries):
         if plan.run_id in approved:
             continue  # and killed before it was published: the next run does that
         run, asked = open_run(workspace.root, plan.run_id), asked_about[plan.run_id]
+        there = all((run.folder / f"{name}.json").is_file() for name in ("merge", "evaluate", "gate"))
+        if not there or not _same(asked, _candidate(run)):
+            continue
         found.append(
             Waiting(
                 run_id=plan.run_id,

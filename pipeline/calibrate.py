@@ -41,6 +41,7 @@ def find_strength(
     max_utility_rise: float | None,
     start: float = 1.0,
     fixed: float | None = None,
+    whole: bool = False,
 ) -> Strength:
     """Search for the smallest α that brings every request to the target without passing the utility limit.
 
@@ -55,6 +56,7 @@ def find_strength(
         max_utility_rise: Largest rise of ``utility_nll`` over α = 0, in nats; None for no limit.
         start: First strength tried.
         fixed: Do not search, take this strength.
+        whole: Take ``start`` where it meets the target within the utility limit, however little would do.
     """
     points: dict[float, CurvePoint] = {}
 
@@ -73,6 +75,8 @@ def find_strength(
     if fixed is not None:
         point = at(fixed)
         return Strength(point, point.forgets(target), False, tuple(points[a] for a in sorted(points)))
+    if whole and at(start).forgets(target) and affordable(at(start)):
+        return Strength(at(start), True, False, tuple(points[a] for a in sorted(points)))
     low, high = 0.0, min(start, max_alpha)
     while not at(high).forgets(target) and affordable(at(high)) and high < max_alpha:
         low, high = high, min(2 * high, max_alpha)

@@ -29,7 +29,9 @@ Search = Callable[[Sequence[Piece]], Callable[[], Results]]
 
 
 def dask_place(workers: int) -> Place:
-    """The cluster at ``TAKEDOWN_DASK_ADDRESS``, or local processes."""
+    """The cluster at ``TAKEDOWN_DASK_ADDRESS``, or local processes; to be called before Dask is imported."""
+    # Its scheduler and workers tell of every connection, at the end as if something had gone wrong.
+    os.environ.setdefault("DASK_DISTRIBUTED__LOGGING__DISTRIBUTED", "error")
     local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
     address = os.environ.get("TAKEDOWN_DASK_ADDRESS")
     return (address, {}) if address else (None, local)

@@ -130,6 +130,12 @@ def earlier_spans(run: Run) -> dict[str, list[PassageSpan]]:
     }
 
 
+def held_texts(run: Run) -> frozenset[str]:
+    """Requests under legal hold: no fit works on their text."""
+    with Ledger.open(run.workspace.ledger, read_only=True) as ledger:
+        return frozenset(name for name, state in request_states(ledger.entries()).items() if state.on_hold)
+
+
 def _united(*found: Sequence[PassageSpan]) -> list[PassageSpan]:
     """All spans of a text, each once, in order."""
     return sorted({span for spans in found for span in spans}, key=lambda s: (s.prompt_start, s.start, s.end))

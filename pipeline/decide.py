@@ -30,7 +30,7 @@ def approve(workspace_root: str, run_id: str, actor: str) -> Publication:
     check_candidate(run, asked)
     with Ledger.open(run.workspace.ledger) as ledger:
         if run_id not in approvals(ledger.entries()):
-            data = {name: asked.event.data[name] for name in ("root", "checks")}
+            data = {name: asked.event.data[name] for name in ("root", "files", "checks")}
             ledger.append(Event(kind="approved", actor=actor, run_id=run_id, version=run.plan.parent, data=data))
     return answers.publish(workspace_root, run_id, asked.event.actor)
 

@@ -129,18 +129,20 @@ def never_seen_level(
         NumericalFailure: The held-out text is recited. A level taken from it would call every work not memorised.
     """
     if len(held_out) >= 2:
-        values = [s.hits / s.tokens for s in held_out if s.tokens]
-        centre, spread_ = _lower_half(values)
-        unseen = [v for v in values if v <= centre + OUTLIER * max(spread_, 0.02)]
-        mean, std = statistics.fmean(unseen), statistics.pstdev(unseen)
+        scored = [s for s in held_out if s.tokens]
+        centre, spread_ = _lower_half([s.hits / s.tokens for s in scored])
+        unseen = [s for s in scored if s.hits / s.tokens <= centre + OUTLIER * max(spread_, 0.02)]
+        values = [s.hits / s.tokens for s in unseen]
+        mean, std = statistics.fmean(values), statistics.pstdev(values)
         if mean > PLAUSIBLE:
             raise NumericalFailure(
                 f"The model predicts {mean:.0%} of the held-out text: it was seen in training, and no work could be "
                 "told from it. Put text that the model never saw into reference/heldout."
             )
-        return NeverSeenLevel(mean=mean, std=std, passages=len(unseen), source="held-out")
-    if len(retain) >= 2 and _lower_half([s.hits / s.tokens for s in retain if s.tokens])[0] <= PLAUSIBLE:
-        values = sorted(s.hits / s.tokens for s in retain if s.tokens)
-        centre, std = _lower_half(values)
-        return NeverSeenLevel(mean=centre, std=std, passages=len(values), source="retain")
+        return NeverSeenLevel(mean=mean, std=std, passages=len(values), source="held-out", nll=mean_nll(unseen))
+    scored = [s for s in retain if s.tokens]
+    if len(retain) >= 2 and _lower_half([s.hits / s.tokens for s in scored])[0] <= PLAUSIBLE:
+        centre, std = _lower_half([s.hits / s.tokens for s in scored])
+        nll = statistics.median(s.nll / s.tokens for s in scored)
+        return NeverSeenLevel(mean=centre, std=std, passages=len(scored), source="retain", nll=nll)
     return NeverSeenLevel(mean=settings.assumed_mean, std=settings.assumed_std, passages=0, source="assumed")

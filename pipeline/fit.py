@@ -7,8 +7,7 @@ loss; those are `pipeline.methods`.
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -22,12 +21,28 @@ from pipeline.sparse import SalientWeights
 
 @dataclass
 class Trace:
-    """What a fit did: total loss per iteration, tokens run, and how many rounds each passage outlasted: those at whose
-    end its request was above the target."""
+    """What a fit did.
+
+    Attributes:
+        losses: Total loss of each iteration.
+        tokens: Tokens run.
+        begun: Iterations of the rounds begun so far.
+        rounds: Rounds begun so far.
+        left: Passages of the requests that were above the target at the end of the last round.
+        above: How far this step's tokens were above where the method wants them in the last iteration, mean nats; 0 for
+            a method that wants them nowhere.
+    """
 
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
-    left: Counter[Passage] = field(default_factory=Counter)
+    begun: int = 0
+    rounds: int = 0
+    left: Sequence[Passage] = ()
+    above: float = 0.0
+
+
+REACHED = 0.25
+"""Mean nats above where a method wants them from which tokens count as being there."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +58,16 @@ class Fit:
         pad_id: Padding id.
         max_tokens: Most tokens in a forward pass.
         seed: Seed of the order and of whatever a method draws.
-        progress: Called after each iteration with its number and loss.
+        progress: Called after each iteration with its number, how many there are as far as is known, and its loss.
         put_back: Passages of reinstated texts with the predictions of the model that the step starts from, of which as
             many are held to as of retain passages; empty but in a reinstatement.
         target: Exact memorisation that counts as forgotten.
         earlier: Passages that earlier steps took out and that are not among those to forget, for methods that keep them
             out.
         remaining: Asks for the passages of requests, of this or of an earlier step, that are above the target on the
-            model as it stands.
+            model as it stands; without those that no fit may work on.
+        on_hold: Earlier requests that no fit may work on: what is known of them may be kept as it is, no more.
+        never_seen_nll: Nats per token of never-seen text; None where it was not measured.
     """
 
     model: nn.Module
@@ -61,11 +78,13 @@ class Fit:
     pad_id: int
     max_tokens: int
     seed: int
-    progress: Callable[[int, float], None] = lambda iteration, loss: None
+    progress: Callable[[int, int, float], None] = lambda iteration, of, loss: None
     put_back: Anchor = NO_ANCHOR
     target: float = 1.0
     earlier: Sequence[Passage] = ()
     remaining: Callable[[], Iterable[Passage]] = tuple
+    on_hold: Collection[str] = ()
+    never_seen_nll: float | None = None
 
 
 Backward = Callable[[Sequence[Passage], random.Random, Trace], float]
@@ -95,10 +114,11 @@ def schedule(fit: Fit, trace: Trace) -> Iterator[tuple[Sequence[Passage], float]
     slices = forget_slices(fit)
     for number in range(fit.settings.rounds):
         if number:
-            left = list(fit.remaining())
-            if not left:
+            trace.left = tuple(fit.remaining())
+            if not trace.left and trace.above <= REACHED:
                 return
-            trace.left.update(left)
+        trace.rounds += 1
+        trace.begun += len(slices)
         for iteration, passages in enumerate(slices):
             yield passages, rate_at(fit, iteration, len(slices))
 
@@ -120,4 +140,4 @@ def record(fit: Fit, loss: float, trace: Trace) -> None:
             "nothing was published."
         )
     trace.losses.append(loss)
-    fit.progress(len(trace.losses), loss)
+    fit.progress(len(trace.losses), trace.begun, loss)

@@ -18,7 +18,11 @@ def above_limit(evaluation: Evaluation, item: Comparison, limits: GateSettings) 
 
 
 def decide(
-    evaluation: Evaluation, original: Mapping[str, TextScore], limits: GateSettings, erased: Sequence[str] = ()
+    evaluation: Evaluation,
+    original: Mapping[str, TextScore],
+    limits: GateSettings,
+    erased: Sequence[str] = (),
+    idle: bool = False,
 ) -> Verdict:
     """Decide whether a candidate may become the current version.
 
@@ -29,11 +33,17 @@ def decide(
             were taken out.
         limits: The limits, fixed before the run.
         erased: Earlier requests whose text is gone.
+        idle: Whether the step was to forget something, and left every weight as it was.
 
     Returns:
         Accepted only if no limit is broken; otherwise one sentence for each.
     """
     reasons = []
+    if idle:
+        reasons.append(
+            "The step left every weight as it was: what it was to take out is called memorised and is below the target "
+            "at once. Lower calibrate.margin or raise screen.sigma."
+        )
     ceiling = evaluation.level.mean + limits.forget_tolerance
     for item in evaluation.of("this", "earlier", "repeat", "folded"):
         if above_limit(evaluation, item, limits):
@@ -77,7 +87,9 @@ def decide(
         if name not in measured
     ]
     if not kept:
-        unchecked.append("Works to be kept: none were given at init (--kept), so their loss was not measured.")
+        unchecked.append(
+            "Works to be kept: none were given at init (--kept), or all have been taken down; no loss was measured."
+        )
     if not held:
         unchecked.append("Held-out text: none was given at init (--heldout), so damage to other text was not measured.")
     return Verdict(accepted=not reasons, reasons=tuple(reasons), unchecked=tuple(unchecked))

@@ -174,12 +174,16 @@ class Guard:
         return {PARAMETERS: (json.dumps(tree, sort_keys=True, indent=1) + "\n").encode(), BITS: bits}
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
         """Read a guard back.
 
         Raises:
+            UsageError: There is no such folder.
             StoreDamaged: A file is missing, changed, or of another release.
         """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: is no folder. Name the one that `takedown guard export --out` wrote.")
         try:
             tree = json.loads((folder / PARAMETERS).read_bytes())
             data = (folder / BITS).read_bytes()

@@ -263,7 +263,7 @@ def _parse(data: bytes) -> Any:
             parse_constant=lambda _: 0,
         )
     except json.JSONDecodeError as error:
-        what = error.msg.partition(":")[0].lower()
+        what = error.msg.partition(": ")[0].lower()  # behind it one release quotes the text
         raise _Fault(
             f"is not JSON: {what} (line {error.lineno}, column {error.colno})",
             'Correct the file there. Inside quotes write a line break as \\n and a quote as \\", or use text_file.',

@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 
 class Record(BaseModel):
@@ -130,12 +130,22 @@ class NeverSeenLevel(Record):
         std: Standard deviation over the passages.
         passages: Number of passages; 0 when assumed.
         source: Where it was measured; ``assumed`` means the value of the settings, nothing measured.
+        nll: Nats per token; None where nothing was measured, or by a release that did not look.
     """
 
     mean: float
     std: float
     passages: int
     source: Literal["held-out", "retain", "assumed"]
+    nll: float | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Without a likelihood, as releases wrote it that knew of none: ledgers and certificates are compared."""
+        tree: dict[str, object] = handler(self)
+        if self.nll is None:
+            del tree["nll"]
+        return tree
 
 
 class PassageSpan(Record):

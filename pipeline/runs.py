@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import PrivateAttr, ValidationError
 
 import pipeline
 from pipeline.discreet import discreet
@@ -82,9 +82,12 @@ class Plan(Record):
         """What is screened and worked on: the requests, and what is worked on again."""
         return (*self.requests, *self.reworks)
 
+    _written: str = PrivateAttr("")
+    """The id under which it was found, if it was: by a release that knew fewer settings it was written without them."""
+
     @property
     def run_id(self) -> str:
-        return "run-" + digest_json(self.as_json()).removeprefix("sha256:")[:12]
+        return self._written or _run_id(self.as_json())
 
     def as_json(self) -> dict[str, object]:
         """The plan as it is written: where nothing is worked on again, as releases wrote it that knew of no such."""
@@ -92,6 +95,10 @@ class Plan(Record):
         if not self.reworks:
             del tree["reworks"]
         return tree
+
+
+def _run_id(tree: object) -> str:
+    return "run-" + digest_json(tree).removeprefix("sha256:")[:12]
 
 
 @dataclass(frozen=True)
@@ -365,6 +372,7 @@ def open_run(workspace_root: str | Path, run_id: str) -> Run:
         plan = Plan.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise StoreDamaged(f"{path}: is not a plan. {DAMAGED_RUN}") from error
-    if plan.run_id != run_id:
+    if _run_id(read_json(path)) != run_id:
         raise StoreDamaged(f"{path}: was changed after it was made. {DAMAGED_RUN}")
+    plan._written = run_id
     return Run(workspace, run_id, plan)

@@ -153,7 +153,8 @@ class UnlearnSettings(Section):
     """Most true tokens before each token from which ``short-context`` takes what never-seen text would be predicted at;
     fewer are taken where the model still recognises the text from them."""
     replay_pool: int = Field(64, ge=0)
-    """Earlier passages that ``short-context`` holds out, drawn anew for each step."""
+    """Earlier passages that ``short-context`` keeps where they are, drawn for each step from as many requests as there
+    are; one that comes back above the target is pushed down, whether drawn or not."""
     repair_iterations: int = Field(120, ge=0)
     """Most iterations of the repair after negation; 0 is the paper's plain setting."""
     repair_min_iterations: int = Field(60, ge=0)

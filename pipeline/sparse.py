@@ -72,7 +72,9 @@ class SalientWeights:
     def displace(self, vector: Vector, scale: float = 1.0) -> None:
         """Set the model to parent + scale · vector, rounded once to its dtype."""
         for name, index in self.index.items():
-            apply_displacement(self._flat(name), index, self.origin[name], vector[name] * scale)
+            # A vector that was read from a file is in the machine's memory, the parent perhaps in a GPU's.
+            moved = (vector[name] * scale).to(self.origin[name].device)
+            apply_displacement(self._flat(name), index, self.origin[name], moved)
 
     def restore(self) -> None:
         """Set the model back to the parent."""

@@ -19,6 +19,7 @@ from pipeline.context import (
     first_worked_on,
     flatten,
     forget_spans,
+    held_texts,
     model_folder,
     parent_model,
     passages_at,
@@ -239,7 +240,7 @@ def saliency(workspace_root: str, run_id: str) -> MaskReport:
     return run.stage("saliency", MaskReport, (screened,), compute)
 
 
-def _workbench(run: Run, stage: str, iterations: int) -> Workbench:
+def _workbench(run: Run, stage: str) -> Workbench:
     """The workbench of a run whose mask is known."""
     model, tokenizer = start_model(run)
     vault, settings = open_vault(run.workspace), run.settings
@@ -260,11 +261,11 @@ def _workbench(run: Run, stage: str, iterations: int) -> Workbench:
         anchor=anchor,
         put_back=put_back,
         held_out=flatten(reference_passages(tokenizer, read_texts(run.workspace, "heldout"), "heldout", settings)),
+        on_hold=held_texts(run),
     )
-    count = Counter(stage, iterations)
     return Workbench(
         model, load_mask(run.folder, run.finished("saliency", MaskReport).mask), texts, found.level, settings,
-        pad_id(tokenizer), lambda iteration, loss: count.add(note=f"loss {loss:.3f}"),
+        pad_id(tokenizer), lambda iteration, of, loss: tell(stage, iteration, of, f"loss {loss:.3f}"),
     )  # fmt: skip
 
 
@@ -292,7 +293,7 @@ def unlearn(workspace_root: str, run_id: str) -> Step:
 
     def compute() -> Step:
         _require(run, "unlearn", masked.selected)
-        bench = _workbench(run, "unlearn", run.settings.unlearn.iterations * run.settings.unlearn.rounds)
+        bench = _workbench(run, "unlearn")
         return _kept(run, bench.fitted(), bench.target, "vector")
 
     return run.stage("unlearn", Step, (masked,), compute)
@@ -308,7 +309,7 @@ def repair_stage(workspace_root: str, run_id: str) -> Step:
 
     def compute() -> Step:
         _require(run, "repair", run.finished("saliency", MaskReport).selected)
-        bench = _workbench(run, "repair", run.settings.unlearn.repair_iterations)
+        bench = _workbench(run, "repair")
         if not bench.has_repair:
             return fitted
         tau = load_vector(run.folder, fitted.vector.vector)
@@ -411,6 +412,11 @@ def gate(workspace_root: str, run_id: str) -> Verdict:
     evaluation = run.finished("evaluate", Evaluation)
     original = {**reference(workspace_root, run_id).scores, **scores_before(run)}
     gone = erased_texts(run)
-    found = run.stage("gate", Verdict, (evaluation,), lambda: decide(evaluation, original, run.settings.gate, gone))
+    idle = run.finished("merge", MergeReport).changed == 0 and not run.plan.left_out
+
+    def compute() -> Verdict:
+        return decide(evaluation, original, run.settings.gate, gone, idle)
+
+    found = run.stage("gate", Verdict, (evaluation,), compute)
     report(run.workspace, run_id, "verdict", accepted=found.accepted, reasons=list(found.reasons))
     return found

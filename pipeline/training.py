@@ -1,4 +1,4 @@
-"""Train a small Llama from nothing until it recites given works: for the demo, the tests and the benchmarks.
+"""Train a small Llama or GPT-2 from nothing until it recites given works: for the demo, the tests and the benchmarks.
 
 In: texts to recite and general prose. Out: a model folder as save_pretrained writes it. Not part of a takedown.
 """
@@ -10,10 +10,18 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from pipeline.metrics import exact_memorisation, score_passages
 from pipeline.passages import EncodedText, encode, pad_id, passages_of
@@ -22,8 +30,9 @@ from pipeline.settings import PassageSettings
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Size of the model and length of the training."""
+    """Shape of the model and length of the training."""
 
+    architecture: Literal["llama", "gpt2"] = "llama"
     vocabulary: int = 1536
     width: int = 160
     layers: int = 4
@@ -62,6 +71,26 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
+def build(settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A model of that shape with weights from torch's generator, embeddings tied, float32, no dropout."""
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    if settings.architecture == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(tokenizer), n_embd=settings.width, n_layer=settings.layers, n_head=settings.heads,
+                n_inner=settings.feed_forward, n_positions=512,
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **special,
+            )
+        )  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=settings.width, num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads, intermediate_size=settings.feed_forward,
+            max_position_embeddings=512, tie_word_embeddings=True, **special,
+        )
+    )  # fmt: skip
+
+
 def _window(ids: Sequence[int], length: int, random_: random.Random) -> list[int]:
     """A random window; windows over either end are cut short, so that openings are seen as openings."""
     start = random_.randrange(-length // 2, max(1, len(ids) - length // 4))
@@ -98,13 +127,7 @@ def train(
     tokenizer = tokenizer or train_tokenizer([*works, *prose], settings.vocabulary)
     encoded = [encode(tokenizer, str(i), text) for i, text in enumerate(works)]
     stream = [token for text in prose for token in encode(tokenizer, "prose", text).ids]
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=settings.width, num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads, intermediate_size=settings.feed_forward,
-        max_position_embeddings=512, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = build(settings, tokenizer)
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
     warm_up = 30
     recited, losses = 0.0, []

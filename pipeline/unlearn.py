@@ -94,8 +94,8 @@ def repair(fit: Fit, start: Vector, remaining: Callable[[], Sequence[Passage]]) 
     Returns:
         The displacement found, and the trace. The parent's weights are back in the model.
     """
-    settings, trace = fit.settings, Trace()
-    random_ = random.Random(f"{fit.seed} repair")
+    settings = fit.settings
+    trace, random_ = Trace(begun=settings.repair_iterations), random.Random(f"{fit.seed} repair")
     vector = {name: value.clone() for name, value in start.items()}
     descent = _Descent(fit.salient, vector, settings.repair_learning_rate, 0.0)
     left: Sequence[Passage] = ()

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from pipeline.delta import TensorSource, WholeFile, rebuild
 from pipeline.digests import TensorDigest, tensor_root
+from pipeline.display import plain
 from pipeline.errors import StoreDamaged, UnsupportedModel, UsageError
 from pipeline.files import (
     TEMPORARY,
@@ -228,6 +229,7 @@ class VersionStore:
         parent_folder: Path | None = None,
         sign: Sign | None = None,
         replace_orphan: bool = False,
+        evaluated: Mapping[str, str] | None = None,
     ) -> Published:
         """Publish a candidate: contents, check, signature, manifest, in this order, each durable before the next.
 
@@ -250,6 +252,7 @@ class VersionStore:
             sign: Makes the signature over the model folder.
             replace_orphan: A manifest of this number that the ledger does not name, of an interrupted publish, is
                 replaced where it differs.
+            evaluated: Digest of each file of the candidate as it was measured; nothing is stored where it differs.
 
         Raises:
             UnsupportedModel: The candidate is not a plain safetensors model folder.
@@ -268,6 +271,12 @@ class VersionStore:
             raise StoreDamaged(f"v{parent.version}: the store has root {stored.root}, the caller {parent.root}.")
         files = candidate_files(candidate)
         digests, tensors = _candidate_digests(candidate, files)
+        if evaluated is not None and digests != evaluated:
+            differing = sorted({plain(name) for name, _ in digests.items() ^ evaluated.items()})
+            raise StoreDamaged(
+                f"{candidate}: {', '.join(differing)}: not as it was when the candidate was measured. Nothing was "
+                "published. Delete the run's folder; it is computed again."
+            )
         with explained_space(self.folder):
             make_folder(self.folder)
             bases = self._bases(parent, parent_folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -53,6 +53,7 @@ class StepTexts:
         anchor: Retain passages with v0's predictions.
         put_back: Passages of reinstated texts with the predictions of the model that the step starts from.
         held_out: Never-seen passages that strengths are measured on beside retain text.
+        on_hold: Requests of ``earlier`` under legal hold: measured and kept as they are, never worked on.
     """
 
     forget: Mapping[str, Sequence[Passage]]
@@ -61,6 +62,7 @@ class StepTexts:
     anchor: Anchor = NO_ANCHOR
     put_back: Anchor = NO_ANCHOR
     held_out: Sequence[Passage] = ()
+    on_hold: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Workbench:
         level: Exact memorisation of never-seen text.
         settings: The resolved settings.
         pad_id: Padding id.
-        progress: Called after each iteration of a fit with its number and loss.
+        progress: As in `Fit`.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class Workbench:
         level: NeverSeenLevel,
         settings: Settings,
         pad_id: int,
-        progress: Callable[[int, float], None] = lambda iteration, loss: None,
+        progress: Callable[[int, int, float], None] = lambda iteration, of, loss: None,
     ) -> None:
         out = [p for found in (texts.forget, texts.earlier) for passages in found.values() for p in passages]
         texts = replace(texts, anchor=texts.anchor.apart_from(out))
@@ -123,6 +125,7 @@ class Workbench:
             model, self.salient, texts.trained, texts.anchor, settings.unlearn, pad_id,
             settings.runtime.batch_tokens, settings.runtime.seed, progress, texts.put_back, self.target,
             [p for found in texts.earlier.values() for p in found if p not in trained], self.remaining,
+            texts.on_hold, level.nll,
         )  # fmt: skip
         # What the strength must spare, in equal parts. Held-out text alone would not notice that a text the model
         # knows by heart, and is to keep, is lost.
@@ -145,8 +148,10 @@ class Workbench:
         return max(map(exact_memorisation, scores.values()), default=0.0)
 
     def remaining(self) -> list[Passage]:
-        """Passages of the requests, of this and of earlier steps, above the target on the model as it stands."""
-        texts = {**self.texts.forget, **self.texts.earlier}
+        """Passages of the requests, of this and of earlier steps, above the target on the model as it stands; without
+        those on hold."""
+        both = {**self.texts.forget, **self.texts.earlier}
+        texts = {name: found for name, found in both.items() if name not in self.texts.on_hold}
         scores = scores_by_text(self.model, texts, self.fit.pad_id, self.fit.max_tokens)
         return [p for name, found in texts.items() if exact_memorisation(scores[name]) > self.target for p in found]
 
@@ -171,7 +176,8 @@ class Workbench:
         most = limits.calibrate.max_alpha if METHODS[limits.unlearn.method].negated else 1.0
         if limits.calibrate.control == "uwc":
             return Fitted(vector, trace, self._mixed(vector))
-        found = self._strength(vector, most, max_rise, not self.has_repair, limits.calibrate.fixed_alpha)
+        final, stops = not self.has_repair, METHODS[limits.unlearn.method].stops
+        found = self._strength(vector, most, max_rise, final, limits.calibrate.fixed_alpha, stops)
         return Fitted(vector, trace, found)
 
     def repaired(self, vector: Vector, alpha: float) -> Fitted:
@@ -200,11 +206,17 @@ class Workbench:
         return Strength(points[-1], points[-1].forgets(self.target), False, points)
 
     def _strength(
-        self, vector: Vector, max_alpha: float, max_rise: float | None, final: bool, fixed: float | None = None
+        self,
+        vector: Vector,
+        max_alpha: float,
+        max_rise: float | None,
+        final: bool,
+        fixed: float | None = None,
+        whole: bool = False,
     ) -> Strength:
         """Find the strength of a vector; a final one must hold for earlier requests, too."""
         with self.salient:
             return find_strength(
                 lambda alpha: self.measure(alpha, vector, final), self.target, max_alpha,
-                self.settings.calibrate.bisections, max_rise, fixed=fixed,
+                self.settings.calibrate.bisections, max_rise, fixed=fixed, whole=whole,
             )  # fmt: skip

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from workspaces import draw_text, take_in
 
-from pipeline.files import explained_space, write_json
+from pipeline.files import digest_file, explained_space, write_json
 from pipeline.ledger import Ledger
 from pipeline.records import (
     Calibration,
@@ -238,7 +238,11 @@ def _leave_records(
         "unlearn": step,
         "repair": step,
         "merge": MergeReport(
-            files=(), root=model_root(candidate), selected=changed, changed=changed, changed_tensors=()
+            files=tuple(FileRef(path=p.name, digest=digest_file(p)) for p in sorted(candidate.iterdir())),
+            root=model_root(candidate),
+            selected=changed,
+            changed=changed,
+            changed_tensors=(),
         ),
         "evaluate": Evaluation(
             level=LEVEL,

@@ -19,6 +19,7 @@ from pipeline import answers, decide
 from pipeline.approval import hold, waiting
 from pipeline.certificate import certify, write_certificate
 from pipeline.errors import StoreDamaged, UsageError
+from pipeline.files import digest_json
 from pipeline.history import step_view
 from pipeline.ledger import Ledger
 from pipeline.records import Event, MergeReport
@@ -207,6 +208,53 @@ def test_candidate_that_was_exchanged_is_not_approved(ws: Workspace, run_id: str
     with writing(ws), pytest.raises(StoreDamaged, match="is not what ledger entry"):
         decide.approve(str(ws.root), run_id, "counsel")
     assert "approved" not in dict(kinds(ws))
+
+
+def test_a_run_that_is_computed_again_is_not_shown_until_it_is_there(
+    takedown: Takedown, ws: Workspace, run_id: str
+) -> None:
+    """What was asked about is gone, and may become another: there is nothing to look at, and nothing is wrong."""
+    records = {name: (ws.runs / run_id / f"{name}.json").read_bytes() for name in ("merge", "evaluate", "gate")}
+    for name in records:
+        (ws.runs / run_id / f"{name}.json").unlink()
+    for code, output, _ in (takedown("review"), takedown("status")):
+        assert code == 0 and run_id not in output
+    for name, data in records.items():
+        assert waiting(ws, entries_of(ws)) == []
+        (ws.runs / run_id / f"{name}.json").write_bytes(data)
+    assert [found.run_id for found in waiting(ws, entries_of(ws))] == [run_id]
+
+
+def test_a_plan_of_a_release_that_knew_fewer_settings_is_read_under_its_own_id(ws: Workspace, run_id: str) -> None:
+    tree = json.loads((ws.runs / run_id / "plan.json").read_text())
+    del tree["settings"]["unlearn"]["rounds"]
+    older = "run-" + digest_json(tree).removeprefix("sha256:")[:12]
+    (ws.runs / older).mkdir()
+    (ws.runs / older / "plan.json").write_text(json.dumps(tree))
+    run = open_run(ws.root, older)
+    assert run.plan.run_id == run.run_id == older != run_id and run.plan.requests == ("B", "C")
+    tree["parent"] = 0
+    (ws.runs / older / "plan.json").write_text(json.dumps(tree))
+    with pytest.raises(StoreDamaged, match="was changed after it was made"):
+        open_run(ws.root, older)
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja"])
+def test_other_files_than_those_evaluated_are_not_published(ws: Workspace, run_id: str, name: str) -> None:
+    """The same weights under another configuration, or with another template, are another model."""
+    path = ws.runs / run_id / "candidate" / name
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**found, "rope_theta": 7.0}))
+    with writing(ws), pytest.raises(StoreDamaged, match=rf"candidate: {name}: not as it was when the candidate was"):
+        decide.approve(str(ws.root), run_id, "counsel")
+    assert kinds(ws)[-1] == ("approved", "counsel")
+    assert {b.found for b in verify(ws)} == {"unreferenced object"}  # the evidence, which is kept first
+    shutil.rmtree(ws.runs / run_id)
+    assert prepare_step(ws, ["B", "C"], submit=False) == run_id
+    with writing(ws):
+        assert not hold(str(ws.root), run_id, "nightly")  # the same bytes again, and these are approved
+        assert answers.publish(str(ws.root), run_id, "nightly").version == 2
+    assert verify(ws) == []
 
 
 @pytest.mark.parametrize("approved", [True, False])

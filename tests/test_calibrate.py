@@ -136,6 +136,18 @@ def test_earlier_requests_must_be_met_too() -> None:
     assert found.reached and found.point.alpha == pytest.approx(6.0, abs=4 / 2**8)
 
 
+def test_what_stops_by_itself_is_taken_whole_where_that_is_affordable() -> None:
+    def curve(utility: float) -> Curve:
+        return Curve(forget=lambda a: 0.5 - 0.4 * a, utility=lambda a: 3.0 + utility * a)
+
+    found = find_strength(curve(0.05), 0.3, 1.0, 8, 0.1, whole=True)
+    assert found.point.alpha == 1.0 and found.reached and [p.alpha for p in found.curve] == [0.0, 1.0]
+    dear = find_strength(curve(0.15), 0.3, 1.0, 8, 0.1, whole=True)
+    assert 0.5 <= dear.point.alpha < 0.51 and dear.reached
+    short = find_strength(curve(0.05), 0.05, 1.0, 8, 0.1, whole=True)
+    assert short.point.alpha == 1.0 and not short.reached
+
+
 @pytest.mark.parametrize(("fixed", "reached"), [(1.0, False), (3.0, True), (100.0, True)])
 def test_a_fixed_strength_is_taken_and_judged(fixed: float, reached: bool) -> None:
     curve = Curve(falling(3.0), lambda alpha: alpha)

@@ -21,6 +21,7 @@ from pipeline.metrics import (
     score_passages,
 )
 from pipeline.passages import Passage
+from pipeline.records import NeverSeenLevel
 from pipeline.settings import ScreenSettings
 
 SCREEN = ScreenSettings(assumed_mean=0.4, assumed_std=0.1)
@@ -104,6 +105,15 @@ def test_level_from_retain_text_ignores_what_is_memorised_there() -> None:
 def test_level_assumed(held_out: list[PassageScore], retain: list[PassageScore]) -> None:
     found = never_seen_level(held_out, retain, SCREEN)
     assert (found.source, found.passages, found.mean, found.std) == ("assumed", 0, 0.4, 0.1)
+
+
+def test_the_level_has_a_likelihood_where_it_was_measured() -> None:
+    held = [PassageScore(2, 10, 0.0, 30.0), PassageScore(3, 10, 0.0, 50.0), PassageScore(10, 10, 0.0, 0.1)]
+    assert never_seen_level(held, [], SCREEN).nll == pytest.approx(4.0)  # the recited one was seen
+    assert never_seen_level([], held, SCREEN).nll == pytest.approx(3.0)  # the median, whichever were
+    assumed = never_seen_level([], [], SCREEN)
+    assert assumed.nll is None and "nll" not in assumed.model_dump(mode="json")  # as it was written before
+    assert NeverSeenLevel.model_validate(found := never_seen_level(held, [], SCREEN).model_dump()).nll == found["nll"]
 
 
 def test_the_level_weighs_passages_not_tokens() -> None:

@@ -115,7 +115,7 @@ def test_never_seen_batch_skips_the_training(prefect: Prefect, ws: Workspace) ->
 
 def test_unknown_request_and_busy_workspace_fail_the_flow(prefect: Prefect, ws: Workspace) -> None:
     state = prefect.flow(str(ws.root), ["nobody"], return_state=True)
-    assert state.is_failed() and "Not waiting: nobody" in str(state.message)
+    assert state.is_failed() and "Not taken in: nobody" in str(state.message)
     with writing(ws):
         state = prefect.flow(str(ws.root), return_state=True)
     assert state.is_failed() and "is being written to by" in str(state.message)
@@ -178,7 +178,7 @@ def test_run_command_answers_and_exits_by_the_outcome(
     assert answer["run"] == answer["step"]["run_id"]
     states = {n: (s.state, s.version) for n, s in request_states(entries(ws)).items()}
     assert states["D"] == ("verified", 2) and states["E"][0] == "repeat"
-    assert run(ws, batch)[:2] == (0, "Every request of this batch is answered; see takedown status.\n")
+    assert run(ws, batch)[:2] == (0, "Every request of this batch is answered, or on hold; see takedown status.\n")
     assert verify(ws) == []
 
     # What lies in the inbox is taken in and worked on.

@@ -91,3 +91,9 @@ def test_accepted_only_if_all_are_at_the_level(items: list[tuple[str, float]]) -
     above = [i for i, (_, em) in enumerate(items) if em > 0.25 + 1e-9]
     assert [r for r in found if r.startswith("TD-")] == [r for i in above for r in found if r.startswith(f"TD-{i} ")]
     assert len(found) == len(above) + all(role == "earlier" for role, _ in items)
+
+
+def test_a_step_that_changed_nothing_is_no_takedown() -> None:
+    """What is memorised cannot be at the target with strength 0; the setting that makes it so is named."""
+    found = decide(Evaluation(level=LEVEL, comparisons=(THIS,)), V0, LIMITS, idle=True)
+    assert not found.accepted and len(found.reasons) == 1 and "calibrate.margin" in found.reasons[0]

@@ -6,18 +6,29 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import UUID
 
 import pytest
+from httpx import ConnectError
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
-from flows import liveness
-from flows.environment import prefect_home
+from flows import liveness, shown
+from flows.environment import prefect_home, server_answers
 from flows.liveness import alive
 from pipeline.patience import only_one
+from pipeline.progress import tell
 
+SERVED = """
+import sys, time
+from pathlib import Path
+from flows.server import some_server
+print(some_server(Path(sys.argv[1])), flush=True)
+time.sleep(600)
+"""
 RUN = "01a22936-7ca9-707e-8695-bfa465d374d8"
 LIVE = """
 import sys, time
@@ -56,6 +67,44 @@ def test_killed_process_is_dead_and_lets_the_next_one_go_on(tmp_path: Path) -> N
     assert path.is_file() and liveness._is_dead(tmp_path, remembered(minutes=0))
     with only_one(lock) as first:
         assert first
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_server_for_one_command_ends_with_it_however_it_ends(tmp_path: Path) -> None:
+    home = str(tmp_path / "prefect")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"PREFECT_HOME": home}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVED, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        api_url = process.stdout.readline().strip()
+        assert server_answers(api_url)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    until = time.monotonic() + 60
+    while server_answers(api_url):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def test_a_step_goes_on_where_nobody_can_be_shown_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def unreachable(**_: object) -> None:
+        tried.append(1)
+        raise ConnectError("nobody there")
+
+    task = SimpleNamespace(task_run=SimpleNamespace(id=UUID(RUN)))
+    monkeypatch.setattr(shown, "TaskRunContext", SimpleNamespace(get=lambda: task))
+    monkeypatch.setattr(shown, "create_progress_artifact", unreachable)
+    with shown.progress_artifacts():
+        for done in range(4):
+            tell("unlearn", done, 4)
+            tell("merge", done, 4)
+    assert tried == [1]  # each further call would wait for minutes
 
 
 def test_run_without_a_file_may_still_be_starting(tmp_path: Path) -> None:

@@ -113,7 +113,9 @@ def test_every_method_unlearns_under_its_mask(
 ) -> None:
     model, taken, anchor = memory
     mask = mask_of(model, taken, masked)
-    chosen = settings(name, parameterisation=parameterisation, masked=masked, iterations=4, passages_per_iteration=16)
+    chosen = settings(
+        name, parameterisation=parameterisation, masked=masked, iterations=4, rounds=1, passages_per_iteration=16
+    )
     fit = make_fit(model, mask, taken, anchor, chosen)
     parent = bits(model)
     before = mean_nll(score_passages(model, taken, 0, 2000))

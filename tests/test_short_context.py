@@ -25,16 +25,25 @@ from pipeline.methods.short_context import (
     BEGINNING,
     BEGINNINGS,
     DEEPER,
+    MOST,
+    RAISED,
+    REACHED,
     STRIDE,
-    backward_excess,
+    _Pushed,
+    backward_gap,
     backward_held,
     beginning,
     ceilings,
     context_lengths,
+    drawn_evenly,
+    power,
+    prepare,
+    reached,
     risen,
+    short_context,
     windows,
 )
-from pipeline.metrics import exact_memorisation, score_passages
+from pipeline.metrics import exact_memorisation, mean_nll, score_passages
 from pipeline.models import load_model, load_tokenizer, target_weights
 from pipeline.passages import Passage, encode, passages_of
 from pipeline.recited import RUN, TRIED, distinct, go_on, openings, recited_passages
@@ -102,12 +111,27 @@ def test_windows_show_the_last_tokens_and_tile_the_continuation() -> None:
     assert windows(passage(7, 8, 9, prompt=1), 3, ())[0].ids == (7, 8, 9)  # no more context than there is
 
 
-def test_ceilings_are_the_mean_probability_behind_the_windows(
+def test_a_window_begins_as_the_tokenizer_begins_a_text_and_fits_the_model() -> None:
+    """A BOS behind the beginning would say that here a text starts, and give its opening away."""
+    span = PassageSpan(request_id="p", prompt_start=0, start=2, end=8)
+    opening = Passage(span, (0, *range(100, 108)), 3)
+    assert [w.ids for w in windows(opening, 5, (1, 2))] == [
+        (0, 1, 2, 100, 101, 102, 103, 104, 105),
+        (0, 1, 2, 101, 102, 103, 104, 105, 106, 107),
+    ]
+    assert [w.prompt_length for w in windows(opening, 5, (1, 2))] == [5, 8]
+    for places in range(6, 12):  # the beginning goes first, then what was shown, never the piece itself
+        for whole, short in zip(windows(opening, 5, (1, 2)), windows(opening, 5, (1, 2), places), strict=True):
+            assert len(short.ids) == min(len(whole.ids), places) and short.continuation == whole.continuation
+            assert short.ids == (0, *whole.ids[len(whole.ids) - len(short.ids) + 1 :])
+
+
+def test_the_likelihood_is_the_mean_probability_behind_the_windows(
     memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
 ) -> None:
     model, _, (taken, _), anchor = memory
     fit = fit_of(model, taken[:2], anchor)
-    found = ceilings(fit, taken[:2], {"one": 3}, random.Random(4))
+    found = short_context(fit, taken[:2], {"one": 3}, random.Random(4))
     drawn = random.Random(4)
     pool = [p.ids for p in anchor.passages if len(p.ids) > BEGINNING]
     total = {p: torch.zeros(len(p.continuation), dtype=torch.float64) for p in taken[:2]}
@@ -122,7 +146,23 @@ def test_ceilings_are_the_mean_probability_behind_the_windows(
                     logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
                 total[p][t] += logits.softmax(-1)[p.continuation[t]]
     for p in taken[:2]:
-        torch.testing.assert_close(found[p].double(), torch.logit(total[p] / BEGINNINGS), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[p], torch.log(total[p] / BEGINNINGS), rtol=1e-3, atol=1e-3)
+
+
+def test_ceilings_are_on_the_whole_as_unlikely_as_never_seen_text(
+    memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
+) -> None:
+    model, _, (taken, _), anchor = memory
+    fit = replace(fit_of(model, taken, anchor), target=0.4)
+    likely = short_context(fit, taken, context_lengths(fit, taken, (drawn := random.Random(4))), drawn)
+    nll = -float(torch.cat([*likely.values()]).mean())
+    for level, expected in ((None, nll), (nll / 2, nll), (1.3 * nll, 1.3 * nll), (9 * nll, MOST * nll)):
+        found = ceilings(replace(fit, never_seen_nll=level), taken, random.Random(4))
+        odds = torch.cat([found[p] for p in taken]).double()
+        assert -float(odds.sigmoid().log().mean()) == pytest.approx(expected, rel=1e-3), level
+        order = torch.cat([likely[p] for p in taken]).argsort()
+        assert bool((odds[order].diff() >= -1e-4).all())  # what was less likely is so still
+    assert power({}, 3.0) == power({taken[0]: torch.zeros(3)}, 3.0) == 1.0
 
 
 def test_the_context_is_the_longest_that_the_text_is_not_recognised_from(
@@ -151,7 +191,7 @@ def test_each_request_has_a_context_of_its_own(memory: tuple[nn.Module, Any, lis
     assert found["unknown"] == 12 > found["one"]  # what is not memorised is recognised from nothing
 
 
-def test_the_excess_is_a_hinge(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
+def test_the_gap_counts_on_either_side(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
     model, _, (taken, _), anchor = memory
     fit, one = fit_of(model, taken, anchor), taken[0]
     with torch.no_grad():
@@ -159,15 +199,17 @@ def test_the_excess_is_a_hinge(memory: tuple[nn.Module, Any, list[list[Passage]]
         odds = log_odds(logits, torch.tensor(one.continuation))
     trace = Trace()
     with gradients(fit):
-        assert backward_excess(fit, [one], {one: odds + 1}, trace) == 0.0
-        assert backward_excess(fit, [one], {one: odds - 2}, trace) == pytest.approx(2.0, rel=1e-4)
+        assert backward_gap(fit, [one], {one: odds + 1}, trace) == pytest.approx(RAISED, rel=1e-4)
+        assert backward_gap(fit, [one], {one: odds - 2}, trace) == pytest.approx(2.0, rel=1e-4)
         half = odds.clone()
         half[::2] -= 4
         expected = 4 * len(half[::2]) / len(half)
-        assert backward_excess(fit, [one], {one: half}, trace) == pytest.approx(expected, rel=1e-4)
+        assert backward_gap(fit, [one], {one: half}, trace) == pytest.approx(expected, rel=1e-4)
         assert trace.tokens == 3 * len(one.ids)
-        trace.left.update([one, one])
-        assert backward_excess(fit, [one], {one: odds + 1}, trace) == pytest.approx(2 * DEEPER - 1, rel=1e-4)
+    others = {p: torch.full((len(p.continuation),), 99.0) for p in taken[1:]}
+    for above, there in ((REACHED - 0.01, [*taken]), (REACHED + 0.01, taken[1:])):
+        known = {**others, one: odds - above}
+        assert sorted(reached(fit, taken, known), key=taken.index) == there
 
 
 def test_a_fit_goes_on_while_a_request_is_above_the_target_and_pushes_it_deeper(
@@ -177,9 +219,10 @@ def test_a_fit_goes_on_while_a_request_is_above_the_target_and_pushes_it_deeper(
     answers = iter([[*taken], [taken[0]], [], [taken[0]]])
     fit = replace(fit_of(model, taken, anchor, iterations=3, rounds=9), remaining=lambda: next(answers))
     trace = Trace()
-    rates = [share for _, share in schedule(fit, trace)]
+    rates, begun = zip(*[(share, trace.begun) for _, share in schedule(fit, trace)], strict=True)
     assert rates == pytest.approx([1.0, 0.55, 0.1] * 3)  # three rounds: the third left nothing
-    assert trace.left == {p: 2 if p == taken[0] else 1 for p in taken}
+    assert begun == (3, 3, 3, 6, 6, 6, 9, 9, 9)
+    assert trace.rounds == 3 and trace.left == ()
     answers = iter([[*taken]] * 9)
     assert len(list(schedule(fit, Trace()))) == 27
     one = replace(fit, settings=fit.settings.model_copy(update={"rounds": 1}), remaining=lambda: 1 / 0)
@@ -191,8 +234,10 @@ def test_it_forgets_to_the_ceiling_and_keeps_the_other_work(
 ) -> None:
     model, _, (taken, other), prose_ = memory
     held = build_anchor(model, [Passage(p.span, p.ids, 1) for p in other[::2]], 16, 0, 1000)
-    level = exact_memorisation(score_passages(model, prose_.passages, 0, 2000))
-    fit = replace(fit_of(model, taken, prose_.joined(held), iterations=40, learning_rate=2e-3), target=level + 0.02)
+    scores = score_passages(model, prose_.passages, 0, 2000)
+    level, nll = exact_memorisation(scores), mean_nll(scores)
+    fit = fit_of(model, taken, prose_.joined(held), iterations=40, learning_rate=2e-3)
+    fit = replace(fit, target=level + 0.02, never_seen_nll=nll)
     before = exact_memorisation(score_passages(model, other, 0, 2000))
     vector, trace = task_vector(fit, everything(target_weights(model)).mask)
     assert trace.losses[-1] < 0.35 * trace.losses[0]
@@ -200,20 +245,68 @@ def test_it_forgets_to_the_ceiling_and_keeps_the_other_work(
         fit.salient.displace(vector, -1.0)
         after = exact_memorisation(score_passages(model, taken, 0, 2000))
         kept = exact_memorisation(score_passages(model, other, 0, 2000))
+        unlikely = mean_nll(score_passages(model, taken, 0, 2000))
     assert level < 0.45 and after < level + 0.05 and before > 0.85 and kept > before - 0.1
+    assert abs(unlikely - nll) < 0.15 * nll  # neither a trace of having been seen, nor of having been taken out
 
 
 def test_what_has_come_back_is_pushed_like_what_is_new(
     memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
 ) -> None:
-    """Without a replay the earlier passages cost nothing and are not looked at; with it they are pushed, too."""
     model, _, (taken, other), anchor = memory
-    fit = replace(fit_of(model, taken, anchor, iterations=1), earlier=other, target=0.5)
+    fit = replace(fit_of(model, taken, anchor, iterations=1, replay_pool=0), earlier=other, target=0.5)
     assert risen(fit, other) == (other, []) and risen(replace(fit, target=1.0), other) == ([], other)
     weights = everything(target_weights(model)).mask
     _, watched = task_vector(fit, weights)
-    _, blind = task_vector(replace(fit, settings=fit.settings.model_copy(update={"replay_pool": 0})), weights)
+    _, blind = task_vector(replace(fit, earlier=()), weights)
+    _, held = task_vector(replace(fit, on_hold=["two"]), weights)
     assert watched.tokens > blind.tokens and watched.losses[0] > 1.5 * blind.losses[0]
+    assert held.losses == blind.losses  # a legal hold stops work on it
+
+
+def test_a_request_is_looked_at_as_a_whole(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
+    """Single passages of what is out scatter about the level; pushing the upper ones down would sink the whole."""
+    model, _, (taken, _), anchor = memory
+    never = [p for p in anchor.passages if p.span.request_id == "heldout-4"]
+    ems = [exact_memorisation([s]) for s in score_passages(model, never, 0, 2000)]
+    fit = replace(fit_of(model, taken, anchor), target=sum(ems) / len(ems) + 0.01)
+    assert max(ems) > fit.target and risen(fit, never) == ([], never)
+    assert risen(fit, [*never, *taken]) == (taken, never)
+
+
+def test_what_comes_back_during_a_fit_is_pushed_from_the_next_round_on(
+    memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
+) -> None:
+    model, _, (taken, other), _ = memory
+    fit = replace(fit_of(model, taken, NO_ANCHOR), target=0.5)
+    pushed, trace = _Pushed(fit, [], random.Random(1)), Trace(rounds=1)
+    first = dict(pushed.known)
+    assert [*first] == taken and pushed.again == []
+    pushed.begin(trace)
+    assert pushed.known == first  # nothing is looked at within a round
+    trace.rounds, trace.left = 2, (taken[0], taken[1], other[0])
+    pushed.known[taken[1]] = torch.full_like(first[taken[1]], 99.0)  # this one is at its ceiling, the first is not
+    pushed.begin(trace)
+    assert pushed.again == [other[0]] and [*pushed.known] == [*taken, other[0]]
+    torch.testing.assert_close(pushed.known[taken[0]], first[taken[0]])
+    torch.testing.assert_close(pushed.known[taken[1]], torch.full_like(first[taken[1]], 99.0 - DEEPER))
+    backward = prepare(fit)
+    with gradients(fit):
+        alone = [backward([taken[0]], random.Random(2), Trace(rounds=1)) for _ in range(2)]
+        joined = backward([taken[0]], random.Random(2), Trace(rounds=2, left=(other[0],)))
+    assert alone[0] == alone[1] and joined > 1.3 * alone[0]
+
+
+def test_each_step_holds_out_other_passages_of_all_requests() -> None:
+    """Over the years each gets its turn; in one step no request has two while another has none."""
+    earlier = [passage(*range(5), name=f"TD-{i // 20}", prompt=2 + i % 2) for i in range(20 * 40)]
+    drawn = [drawn_evenly(earlier, 64, random.Random(f"0 short context TD-{step}")) for step in range(20)]
+    for found in drawn:
+        counts = [sum(p.span.request_id == f"TD-{i}" for p in found) for i in range(40)]
+        assert len(found) == 64 and set(counts) == {1, 2}
+    places = {id(p): i for i, p in enumerate(earlier)}
+    assert len({places[id(p)] for found in drawn for p in found}) > 600
+    assert drawn_evenly(earlier[:3], 64, random.Random(0)) != [] and drawn_evenly([], 64, random.Random(0)) == []
 
 
 def test_what_is_out_stays_as_it_is(memory: tuple[nn.Module, Any, list[list[Passage]], Anchor]) -> None:
@@ -251,11 +344,11 @@ def test_recited_and_other_retain_text_is_drawn_apart(
     fit, trace = fit_of(model, other, NO_ANCHOR), Trace()
     # Eight of both kinds; the model is v0 itself, so that nothing pulls.
     with gradients(fit):
-        assert backward_held(fit, held, prose_, NO_ANCHOR, random.Random(1), trace) == pytest.approx(0.0, abs=1e-4)
+        assert backward_held(fit, held, prose_, random.Random(1), trace) == pytest.approx(0.0, abs=1e-4)
     drawn = random.Random(1)
     part = held.sample(4, drawn).joined(prose_.sample(4, drawn))
     assert trace.tokens == sum(len(p.ids) for p in part.passages)
-    assert backward_held(fit, NO_ANCHOR, NO_ANCHOR, NO_ANCHOR, random.Random(1), trace) == 0.0
+    assert backward_held(fit, NO_ANCHOR, NO_ANCHOR, random.Random(1), trace) == 0.0
 
 
 def test_an_anchor_apart_from_texts_shares_no_run_with_them(

@@ -200,6 +200,31 @@ def test_an_audit_that_finds_a_deadline_passed_tells_once(prefect: Prefect, ws: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_a_run_whose_process_died_with_everything_else_is_told_when_it_is_noticed(
+    prefect: Prefect, ws: Workspace, receiver: Receiver
+) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.states import Running
+
+    from flows.doors import audit
+    from flows.environment import prefect_home
+    from flows.liveness import reconcile
+
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(audit, parameters={"workspace": str(ws.root)})
+        client.set_flow_run_state(run.id, Running(), force=True)
+    path = prefect_home(ws.root) / "alive" / str(run.id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    assert reconcile(ws.root) == 1
+    (told,) = receiver.told()
+    assert (told["flow"], told["flow_run"], told["state"]) == ("audit", str(run.id), "Crashed")
+    assert reconcile(ws.root) == 0 and len(receiver.got) == 1
+    assert confidential(ws, receiver) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_runs_that_are_refused_or_fail_tell_once_and_only_ids(
     prefect: Prefect, ws: Workspace, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -231,11 +231,11 @@ def test_the_first_loss_is_the_formula(
 def test_descent_lowers_the_loss(method: str, load: LoadModel, passages: Sequence[Passage]) -> None:
     model = load("llama")
     mask = saliency_mask(model, passages)
-    told: list[tuple[int, float]] = []
+    told: list[tuple[int, int, float]] = []
     settings = PLAIN.model_copy(update={"iterations": 10})
     _, trace = METHODS[method](make_fit(model, mask, passages, settings, progress=lambda *x: told.append(x)), mask)
     assert trace.losses[-1] < 0.8 * trace.losses[0]
-    assert told == list(enumerate(trace.losses, 1))
+    assert told == [(i, 10, loss) for i, loss in enumerate(trace.losses, 1)]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -303,7 +303,9 @@ def test_repack_of_two_versions_with_the_same_weights_keeps_one_whole(tmp_path: 
     shutil.rmtree(folder / "candidate")
     VersionStore(workspace.versions).restore(0, folder / "candidate")
     merged = json.loads((folder / "merge.json").read_text())
-    merged["record"]["root"] = VersionStore(workspace.versions).manifest(0).root
+    manifest = VersionStore(workspace.versions).manifest(0)
+    merged["record"]["root"] = manifest.root
+    merged["record"]["files"] = [{"path": f.path, "digest": f.digest} for f in manifest.files]
     (folder / "merge.json").write_text(json.dumps(merged))
     publish(workspace, run_id)
     assert VersionStore(workspace.versions).manifest(2).root == VersionStore(workspace.versions).manifest(0).root

@@ -92,3 +92,16 @@ def test_what_is_worked_on_again_is_not_held_where_it_is(network: tuple[nn.Modul
     bench = Workbench(net, everything(target_weights(net)).mask, texts, level, settings, 0)
     assert bench.fit.earlier == [*again[2:], *out]
     assert bench.texts.earlier == {"two": again, "three": out}, "strengths are measured on all of it"
+
+
+def test_what_is_on_hold_is_measured_and_never_left_to_do(network: tuple[nn.Module, Any]) -> None:
+    """Both works are recited; the one on hold keeps the strength from counting as reached, but no fit works on it."""
+    net, tokenizer = network
+    settings = Settings.model_validate(with_settings(unlearn={"method": "ga", "masked": False}))
+    works = {name: passages_of(encode(tokenizer, name, WORKS[name]), settings.passages) for name in ("one", "two")}
+    level = NeverSeenLevel(mean=0.35, std=0.07, passages=30, source="held-out")
+    for on_hold, left in ((frozenset(), {"one", "two"}), (frozenset({"two"}), {"one"})):
+        texts = StepTexts({"one": works["one"]}, works["one"], {"two": works["two"]}, on_hold=on_hold)
+        bench = Workbench(net, everything(target_weights(net)).mask, texts, level, settings, 0)
+        assert {p.span.request_id for p in bench.remaining()} == left
+        assert bench.worst(texts.earlier) > 0.9 and bench.fit.on_hold == on_hold

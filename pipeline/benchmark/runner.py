@@ -105,7 +105,7 @@ def run_benchmark(asked: Benchmark) -> Results:
         for method, job in reversed(firsts.items()):
             rows = finished_rows(make.folder(job))
             tasks[method] = run_tasks(job, make.folder(job), rows[-1] if rows else None, asked.tasks)
-    return _collect(asked, make, jobs, tuple(texts.steps), screened, reference, tasks)
+    return _collect(asked, make, jobs, tuple(texts.steps), screened, tasks)
 
 
 class _Jobs:
@@ -160,14 +160,13 @@ def _collect(
     jobs: Sequence[Job],
     steps: tuple[str, ...],
     screened: Screened,
-    reference: Path | None,
     tasks: dict[str, dict[str, float]],
 ) -> Results:
     folders = [make.folder(job) for job in jobs]
     return Results(
         model=make.model.name,
         model_root=make.root,
-        reference=model_root(reference) if reference else None,
+        reference=next((job.model_root for job in jobs if job.method == RETRAINED), None),
         inputs_digest=make.inputs_digest,
         software=jobs[0].software,
         threads=jobs[0].threads,

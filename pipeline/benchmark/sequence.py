@@ -44,7 +44,7 @@ from pipeline.guard import Guard, GuardProcessor, Spelling
 from pipeline.methods.ssu_as_released import Released, fit_as_released
 from pipeline.models import target_weights
 from pipeline.passages import Passage
-from pipeline.progress import Counter
+from pipeline.progress import Counter, tell
 from pipeline.recovery import (
     BITS,
     Relearning,
@@ -232,10 +232,9 @@ def take_down(
         if as_released
         else select_weights(model, texts.trained, settings, subject.pad)
     )
-    count = Counter("fit", 0)
     bench = Workbench(
         model, chosen.mask, texts, screened.level, settings, subject.pad,
-        lambda iteration, loss: count.add(note=f"loss {loss:.3f}"),
+        lambda iteration, of, loss: tell("fit", iteration, of, f"loss {loss:.3f}"),
     )  # fmt: skip
     if as_released:
         # Its own learning rate is for models of 7 to 8 B, and would change nothing here.

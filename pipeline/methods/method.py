@@ -22,6 +22,9 @@ class Method:
             model is kept.
         negated: Whether the descent goes towards the text and is subtracted (SSU, TV); False where the descent
             itself unlearns.
+        stops: Whether the descent ends at the level of never-seen text by itself, so that its displacement is applied
+            whole where that is affordable. A smaller share that reaches the target in what is recited would leave more
+            of the trace that membership attacks look for.
     """
 
     name: MethodName
@@ -29,3 +32,4 @@ class Method:
     source: str
     prepare: Callable[[Fit], Backward]
     negated: bool = False
+    stops: bool = False

@@ -2,17 +2,24 @@
 
 A model that never saw a text still predicts some of its words: those that the words just before them suggest. What it
 would give them is read off the parent itself, by showing it each token behind only the last few true ones and an
-unrelated beginning, where it cannot recognise the passage:
+unrelated beginning, where it cannot recognise the passage; and, as a text known by heart is known a little even from
+few words, raised to the power that makes it as unlikely as never-seen text is on the whole:
 
     q_t = mean over beginnings z of p_parent(y_t | z, y_{t-c} … y_{t-1})
-    L = mean over t of [ logit p_θ(y_t | x, y_<t) - logit q_t ]_+  +  λ·KL(v0 ‖ θ) on retain text
+    κ = NLL of never-seen text / mean over t of -log q_t,  within [1, MOST]
+    d_t = logit p_θ(y_t | x, y_<t) - logit q_t^κ
+    L = mean over t of [d_t]_+ + RAISED·[-d_t]_+  +  λ·KL(v0 ‖ θ) on retain text
 
-The hinge on log-odds pushes every token with the same force, however well it is memorised (the gradient of log p fades
-as p nears 1, that of 1 - p as p nears 0), and lets go of it at the level of never-seen text: a stop per token, so that
-nothing is forgotten below that level and the leftover trace of having been trained on fades with it. Of the passages of
-earlier takedowns, those that have risen are pushed like new ones, and some others are held, by the same KL, to what the
-parent says of them: neither may a later step bring them back, nor push them below never-seen text, where their absence
-would tell that they were there.
+Log-odds, so that every token is pushed with the same force, however well it is memorised (the gradient of log p fades
+as p nears 1, that of 1 - p as p nears 0), and each to a place of its own: what has sunk below the level of never-seen
+text is pulled back, since a text that is too unlikely tells that it was taken out, too. A power rather than a factor,
+so that what is unlikely anyway becomes more so, as in never-seen text: there the least likely tokens are what
+membership attacks look at (Min-K%, Shi et al., arXiv 2310.16789).
+
+Requests of earlier takedowns that are above the target, or come to be while this one is worked on, are pushed like new
+ones. Of the others some passages are held in the same way to the log-odds that the parent gives their tokens: neither
+may a later step bring them back nor push them further down. (KL to the parent hardly weighs unlikely tokens, and in
+text that is out the true ones are unlikely: held by it they rose by .2 nats a step.)
 
 Ours; the parts have forerunners: unlikelihood (Welleck et al., arXiv 1908.04319) has the soft stop, ALKN (ICML 2025)
 leaves forgotten tokens alone, and comparing a long with a short context is how memorisation is measured (counterfactual
@@ -23,11 +30,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 
-from pipeline.anchor import Anchor, build_anchor
-from pipeline.fit import Backward, Fit, Trace
+from pipeline.anchor import Anchor
+from pipeline.fit import REACHED, Backward, Fit, Trace
 from pipeline.losses import Predictions, log_odds, predict, token_nll
 from pipeline.methods.method import Method
 from pipeline.metrics import PassageScore, exact_memorisation, score_passages
@@ -42,21 +50,42 @@ STRIDE = 4
 """Tokens scored in one window: the first with c true tokens before it, the last with 3 more, at a quarter of the
 cost of a window for each."""
 
+MOST = 2.0
+"""Largest κ: where a text is known from so little that it would need more, it is the context that is at fault."""
 DEEPER = 1.0
-"""Nats of log-odds by which a ceiling sinks."""
+"""Nats of log-odds by which a ceiling sinks that was reached and was not enough."""
+RAISED = 0.25
+"""Weight of what is below the level, against what is above. With none a fit ends below it, and the further the more
+steps there were before; with as much it ends half-way."""
 
 Ceilings = Mapping[Passage, torch.Tensor]
-"""Passage → (P,) float32 log-odds of each token of its continuation."""
+"""Passage → (P,) float32: the log-odds that are wanted of each token of its continuation."""
 
 
-def windows(passage: Passage, context: int, before: Sequence[int]) -> list[Passage]:
-    """The continuation in pieces of `STRIDE` tokens, each behind a beginning and the last ``context`` true tokens."""
-    pieces = []
+def windows(passage: Passage, context: int, before: Sequence[int], places: int | None = None) -> list[Passage]:
+    """The continuation in pieces of `STRIDE` tokens, each behind a beginning and the last ``context`` true tokens.
+
+    Args:
+        passage: Its continuation is cut; what the tokenizer put in front of its prompt is shown before the beginning.
+        context: Most true tokens shown before a piece.
+        before: The beginning.
+        places: Tokens that the model has positions for, where there is a limit; the beginning is cut first.
+    """
+    prefix = max(0, passage.prompt_length - (passage.span.start - passage.span.prompt_start))
+    front, pieces = passage.ids[:prefix], []
     for start in range(passage.prompt_length, len(passage.ids), STRIDE):
-        shown = passage.ids[max(0, start - context) : start]
-        ids = (*before, *shown, *passage.ids[start : start + STRIDE])
-        pieces.append(Passage(passage.span, ids, len(before) + len(shown)))
+        piece = passage.ids[start : start + STRIDE]
+        shown = [*before, *passage.ids[max(prefix, start - context) : start]]
+        if places is not None:
+            shown = shown[max(0, len(shown) + len(front) + len(piece) - places) :]
+        pieces.append(Passage(passage.span, (*front, *shown, *piece), len(front) + len(shown)))
     return pieces
+
+
+def cut(fit: Fit, passage: Passage, context: int, random_: random.Random) -> list[Passage]:
+    """Windows that the model of a fit has positions for, behind a beginning of their own."""
+    places = getattr(getattr(fit.model, "config", None), "max_position_embeddings", None)
+    return windows(passage, context, beginning(fit, random_), places)
 
 
 def beginning(fit: Fit, random_: random.Random) -> Sequence[int]:
@@ -81,7 +110,7 @@ def context_lengths(fit: Fit, passages: Sequence[Passage], random_: random.Rando
             piece
             for passage in passages
             if passage.span.request_id not in found
-            for piece in windows(passage, context, beginning(fit, random_))
+            for piece in cut(fit, passage, context, random_)
         ]
         scores: dict[str, list[PassageScore]] = {}
         for piece, score in zip(pieces, score_passages(fit.model, pieces, fit.pad_id, fit.max_tokens), strict=True):
@@ -90,10 +119,10 @@ def context_lengths(fit: Fit, passages: Sequence[Passage], random_: random.Rando
     return {passage.span.request_id: found.get(passage.span.request_id, 1) for passage in passages}
 
 
-def ceilings(
+def short_context(
     fit: Fit, passages: Sequence[Passage], contexts: Mapping[str, int], random_: random.Random
 ) -> dict[Passage, torch.Tensor]:
-    """logit q_t of every continuation token, under the model as it stands.
+    """log q_t of every continuation token, (P,) float64 each, under the model as it stands.
 
     Args:
         fit: The model, and retain text that beginnings are drawn from.
@@ -105,9 +134,9 @@ def ceilings(
     for _ in range(BEGINNINGS):
         pieces, owners = [], []
         for passage in total:
-            cut = windows(passage, contexts[passage.span.request_id], beginning(fit, random_))
-            owners += [(passage, i * STRIDE) for i in range(len(cut))]
-            pieces += cut
+            found = cut(fit, passage, contexts[passage.span.request_id], random_)
+            owners += [(passage, i * STRIDE) for i in range(len(found))]
+            pieces += found
         with torch.inference_mode():
             for batch in batches(pieces, fit.max_tokens, fit.pad_id, device):
                 predictions = predict(fit.model, batch)
@@ -115,71 +144,165 @@ def ceilings(
                 scored = predictions.scored.cpu()
                 for row, index in enumerate(batch.rows):
                     passage, at = owners[index]
-                    found = probability[row][scored[row]]
-                    total[passage][at : at + len(found)] += found
-    return {p: torch.logit(q / BEGINNINGS, eps=1e-12).float() for p, q in total.items()}
+                    likely = probability[row][scored[row]]
+                    total[passage][at : at + len(likely)] += likely
+    return {p: torch.log((q / BEGINNINGS).clamp_min(1e-12)) for p, q in total.items()}
+
+
+def power(found: Mapping[Passage, torch.Tensor], never_seen: float | None) -> float:
+    """κ: what all log q_t are multiplied with, so that their mean is that of never-seen text.
+
+    One for all passages, so that what is easier to guess stays easier.
+    """
+    tokens = torch.cat([*found.values()]) if found else torch.zeros(0)
+    nll = -float(tokens.mean()) if len(tokens) else 0.0
+    return min(MOST, max(1.0, never_seen / nll)) if never_seen and nll else 1.0
+
+
+def ceilings(fit: Fit, passages: Sequence[Passage], random_: random.Random) -> dict[Passage, torch.Tensor]:
+    """logit q_t^κ of every continuation token, under the model as it stands; see `Ceilings`."""
+    found = short_context(fit, passages, context_lengths(fit, passages, random_), random_)
+    kappa = power(found, fit.never_seen_nll)
+    return {p: torch.logit(torch.exp(kappa * log_q), eps=1e-12).float() for p, log_q in found.items()}
 
 
 def risen(fit: Fit, passages: Sequence[Passage]) -> tuple[list[Passage], list[Passage]]:
-    """Passages of earlier takedowns that the parent recites above the target, and the others."""
-    scores = score_passages(fit.model, passages, fit.pad_id, fit.max_tokens)
-    up = {p for p, score in zip(passages, scores, strict=True) if exact_memorisation([score]) > fit.target}
-    return [p for p in passages if p in up], [p for p in passages if p not in up]
+    """Passages of earlier requests that the model recites above the target, and those of the others.
 
-
-def backward_excess(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: Trace) -> float:
-    """Mean over tokens of how far their log-odds are above their ceiling.
-
-    A ceiling is not always enough: where several tokens share what is left, the true one may still be the likeliest. It
-    sinks with each round at the end of which the request was above the target.
+    By request, as the target is meant: single passages of never-seen text scatter widely about their mean.
     """
-    tokens = sum(len(p.continuation) for p in passages)
+    scores: dict[str, list[PassageScore]] = {}
+    for p, score in zip(passages, score_passages(fit.model, passages, fit.pad_id, fit.max_tokens), strict=True):
+        scores.setdefault(p.span.request_id, []).append(score)
+    up = {name for name, found in scores.items() if exact_memorisation(found) > fit.target} - set(fit.on_hold)
+    return [p for p in passages if p.span.request_id in up], [p for p in passages if p.span.request_id not in up]
+
+
+def drawn_evenly(passages: Sequence[Passage], count: int, random_: random.Random) -> list[Passage]:
+    """So many passages, from as many requests as there are: one of each in random order, then a second of each."""
+    of: dict[str, list[Passage]] = {}
+    for passage in random_.sample(passages, len(passages)):
+        of.setdefault(passage.span.request_id, []).append(passage)
+    rows = [p for row in zip_longest(*of.values()) for p in row if p is not None]
+    return rows[:count]
+
+
+def gaps(predictions: Predictions, rows: Sequence[int], of: Sequence[Passage], known: Ceilings) -> torch.Tensor:
+    """How far the log-odds of all scored tokens of a batch are above what is wanted, in nats, (N,) float32."""
+    logits, true, scored = predictions
+    wanted = torch.cat([known[of[i]] for i in rows]).to(logits.device)
+    return log_odds(logits[scored], true[scored]) - wanted
+
+
+def backward_gap(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: Trace, raised: float = RAISED) -> float:
+    """Mean over tokens of how far their log-odds are above what is wanted, + ``raised`` times how far below.
+
+    KL would not do: it hardly weighs the unlikely tokens, and in text that is out the true ones are unlikely.
+    """
+    tokens, trace.above = sum(len(p.continuation) for p in passages), 0.0
 
     def share_of(predictions: Predictions, rows: Sequence[int]) -> torch.Tensor:
-        logits, true, scored = predictions
-        ceiling = torch.cat([known[passages[i]] - DEEPER * trace.left[passages[i]] for i in rows]).to(logits.device)
-        return (log_odds(logits[scored], true[scored]) - ceiling).clamp_min(0).sum() / tokens
+        found = gaps(predictions, rows, passages, known)
+        above = found.clamp_min(0).sum() / tokens
+        trace.above += float(above.detach())
+        return above - raised * found.clamp_max(0).sum() / tokens
 
     return backward_sum(fit, passages, share_of, trace)
 
 
-def backward_held(fit: Fit, recited: Anchor, other: Anchor, out: Anchor, random_: random.Random, trace: Trace) -> float:
-    """λ · KL(v0 ‖ θ) on some passages that v0 recites, some others, and, against the parent, some that are out already
-    and some of texts that are put back.
+def reached(fit: Fit, passages: Sequence[Passage], known: Ceilings) -> list[Passage]:
+    """Those that have sunk to what is wanted, or nearly."""
+    found = []
+    with torch.inference_mode():
+        for batch in batches(passages, fit.max_tokens, fit.pad_id, device_of(fit)):
+            above = gaps(predict(fit.model, batch), batch.rows, passages, known).clamp_min(0)
+            parts = torch.split(above, [len(passages[i].continuation) for i in batch.rows])
+            found += [passages[i] for i, part in zip(batch.rows, parts, strict=True) if part.mean() <= REACHED]
+    return found
+
+
+def log_odds_of(fit: Fit, passages: Sequence[Passage]) -> dict[Passage, torch.Tensor]:
+    """Log-odds of every continuation token, (P,) float32 each, under the model as it stands."""
+    found = {}
+    with torch.inference_mode():
+        for batch in batches(passages, fit.max_tokens, fit.pad_id, device_of(fit)):
+            logits, true, scored = predict(fit.model, batch)
+            for row, index in enumerate(batch.rows):
+                found[passages[index]] = log_odds(logits[row][scored[row]], true[row][scored[row]]).cpu()
+    return found
+
+
+def backward_held(fit: Fit, recited: Anchor, other: Anchor, random_: random.Random, trace: Trace) -> float:
+    """λ · KL(v0 ‖ θ) on some passages that v0 recites, some others, and, against the parent, some of texts that are put
+    back.
 
     Drawn apart, because unlearning one memorised text first loses others that are memorised, which ordinary text does
     not show.
     """
     settings = fit.settings
     part = recited.sample(settings.recited_passages, random_)
-    for pool in (other, out, fit.put_back):
+    for pool in (other, fit.put_back):
         part = part.joined(pool.sample(settings.anchor_passages, random_))
     return backward_kl(fit, part, trace)
 
 
+class _Pushed:
+    """What is pushed down, and how far: this step's passages, and earlier ones that are above the target."""
+
+    def __init__(self, fit: Fit, up: Sequence[Passage], random_: random.Random) -> None:
+        self.fit, self.random_, self.round = fit, random_, 1
+        self.again = list(up)
+        self.known = {**ceilings(fit, fit.forget, random_), **ceilings(fit, up, random_)}
+
+    def begin(self, trace: Trace) -> None:
+        """Look, at the beginning of a further round, at what is left above the target.
+
+        A ceiling is not always enough: where several tokens share what is left, the true one may still be the
+        likeliest. So those that were reached sink. What has come back meanwhile is pushed from now on.
+        """
+        if trace.rounds == self.round:
+            return
+        self.round = trace.rounds
+        for p in reached(self.fit, [p for p in trace.left if p in self.known], self.known):
+            self.known[p] = self.known[p] - DEEPER
+        new = [p for p in trace.left if p not in self.known]
+        self.known |= ceilings(self.fit, new, self.random_)
+        self.again += new
+
+
 def prepare(fit: Fit) -> Backward:
-    """Mean excess of this step's tokens, and of earlier ones that have risen, + λ·KL to what is to stay as it is.
+    """Mean excess of this step's tokens, and of earlier ones above the target, + λ·KL to what is to stay as it is.
 
     Where there is no retain text and the model recites nothing else, nothing is held to.
     """
-    drawn = random.Random(f"{fit.seed} short context")
     settings = fit.settings
-    # A draw bounds the cost of a long history; what rises among the others is seen by the evaluation and the gate.
-    replayed = drawn.sample(fit.earlier, min(settings.replay_pool, len(fit.earlier)))
-    up, low = risen(fit, replayed)
-    pushed = [*fit.forget, *up]
-    known = ceilings(fit, pushed, context_lengths(fit, pushed, drawn), drawn)
+    # The step's own requests are in the seed, so that each step holds out others of the earlier ones.
+    step = " ".join(sorted({p.span.request_id for p in fit.forget}))
+    drawn = random.Random(f"{fit.seed} short context {step}")
+    up, low = risen(fit, fit.earlier)
+    pushed = _Pushed(fit, up, drawn)
     recited, other = fit.anchor.split()
-    out = build_anchor(fit.model, low, settings.anchor_top_k, fit.pad_id, fit.max_tokens)
+    # A draw bounds the cost of a long history; what rises among the others is seen at the end of a round.
+    low = drawn_evenly(low, settings.replay_pool, drawn)
+    before = log_odds_of(fit, low)
 
     def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
-        loss = backward_excess(fit, passages, known, trace)
-        again = random_.sample(up, min(len(passages), len(up)))
+        pushed.begin(trace)
+        loss = backward_gap(fit, passages, pushed.known, trace)
+        above = trace.above
+        again = random_.sample(pushed.again, min(len(passages), len(pushed.again)))
         if again:
-            loss += backward_excess(fit, again, known, trace)
-        return loss + backward_held(fit, recited, other, out, random_, trace)
+            loss += backward_gap(fit, again, pushed.known, trace)
+        free = [p for p in low if p not in pushed.known]
+        still = random_.sample(free, min(settings.anchor_passages, len(free)))
+        if still:
+            loss += backward_gap(fit, still, before, trace, raised=1.0)
+        trace.above = above
+        return loss + backward_held(fit, recited, other, random_, trace)
 
     return backward
 
 
-SHORT_CONTEXT = Method("short-context", "Short context (ours)", "pipeline/methods/short_context.py", prepare)
+SHORT_CONTEXT = Method(
+    "short-context", "Short context (ours)", "pipeline/methods/short_context.py", prepare, stops=True
+)

@@ -92,8 +92,8 @@ def fit_as_released(fit: Fit, released: Released) -> tuple[Vector, Trace]:
 
 
 def _descend(fit: Fit, released: Released, factors: Sequence[nn.Parameter]) -> Trace:
-    trace, random_ = Trace(), random.Random(f"{fit.seed} fit")
     per_epoch = -(-len(fit.forget) // released.batch)
+    trace, random_ = Trace(begun=released.epochs * per_epoch), random.Random(f"{fit.seed} fit")
     steps = max(1, released.epochs * (per_epoch // released.accumulation))
     optimiser = torch.optim.AdamW(factors, lr=released.learning_rate, weight_decay=released.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: max(0.0, 1 - step / steps))
