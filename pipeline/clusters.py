@@ -108,13 +108,13 @@ def _search(submit: Callable[[Sequence[Piece]], Any], *failures: type[Exception]
 
 @contextmanager
 def _dask(prints: FingerprintSet, rule: Rule, workers: int) -> Iterator[tuple[Search, int]]:
+    address, local = dask_place(workers)
     try:
         from distributed import Client
         from distributed.client import FutureCancelledError
         from distributed.scheduler import KilledWorker
     except ImportError as error:
         raise missing("dask") from error
-    address, local = dask_place(workers)
     # A timeout and a lost connection are OSErrors; a worker without this package cannot import it.
     failures = (OSError, ImportError, KilledWorker, FutureCancelledError)
     with ExitStack() as stack:

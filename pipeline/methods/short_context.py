@@ -271,7 +271,7 @@ class _Pushed:
 
 
 def prepare(fit: Fit) -> Backward:
-    """Mean excess of this step's tokens, and of earlier ones above the target, + λ·KL to what is to stay as it is.
+    """L of this step's tokens and of earlier ones above the target, of others that they stay, + λ·KL to what is kept.
 
     Where there is no retain text and the model recites nothing else, nothing is held to.
     """
@@ -288,8 +288,7 @@ def prepare(fit: Fit) -> Backward:
 
     def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
         pushed.begin(trace)
-        loss = backward_gap(fit, passages, pushed.known, trace)
-        above = trace.above
+        loss = 0.0
         again = random_.sample(pushed.again, min(len(passages), len(pushed.again)))
         if again:
             loss += backward_gap(fit, again, pushed.known, trace)
@@ -297,8 +296,9 @@ def prepare(fit: Fit) -> Backward:
         still = random_.sample(free, min(settings.anchor_passages, len(free)))
         if still:
             loss += backward_gap(fit, still, before, trace, raised=1.0)
-        trace.above = above
-        return loss + backward_held(fit, recited, other, random_, trace)
+        loss += backward_held(fit, recited, other, random_, trace)
+        # Last, for what it leaves in the trace: a fit goes on while this step's own tokens are above where they belong.
+        return loss + backward_gap(fit, passages, pushed.known, trace)
 
     return backward
 
