@@ -149,9 +149,9 @@ class Workbench:
 
     def remaining(self) -> list[Passage]:
         """Passages of the requests, of this and of earlier steps, above the target on the model as it stands; without
-        those on hold."""
-        both = {**self.texts.forget, **self.texts.earlier}
-        texts = {name: found for name, found in both.items() if name not in self.texts.on_hold}
+        earlier ones on hold."""
+        earlier = {name: found for name, found in self.texts.earlier.items() if name not in self.texts.on_hold}
+        texts = {**self.texts.forget, **earlier}
         scores = scores_by_text(self.model, texts, self.fit.pad_id, self.fit.max_tokens)
         return [p for name, found in texts.items() if exact_memorisation(scores[name]) > self.target for p in found]
 

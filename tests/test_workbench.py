@@ -105,3 +105,7 @@ def test_what_is_on_hold_is_measured_and_never_left_to_do(network: tuple[nn.Modu
         bench = Workbench(net, everything(target_weights(net)).mask, texts, level, settings, 0)
         assert {p.span.request_id for p in bench.remaining()} == left
         assert bench.worst(texts.earlier) > 0.9 and bench.fit.on_hold == on_hold
+    # A reinstatement that brings such a text back keeps it out: there it is what the step works on.
+    texts = StepTexts(works, works["one"], {"two": works["two"]}, on_hold=frozenset({"two"}))
+    bench = Workbench(net, everything(target_weights(net)).mask, texts, level, settings, 0)
+    assert {p.span.request_id for p in bench.remaining()} == {"one", "two"}
