@@ -1,4 +1,4 @@
-"""``make demo``: the main job on real input, start to end, on two cores in a few minutes.
+"""``make demo``: the main job on real input, start to end, on two cores in some ten minutes.
 
 Trains a small model that recites fourteen works, starts a lineage, and runs two batches through the flow that
 production uses. ``--settings FILE`` does the same with other settings (see takedowns/demo/settings), for comparison.

@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 import os
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+
+from pipeline.errors import Interrupted
 
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -73,3 +77,30 @@ def prepare(workspace: Path) -> str | None:
             return api_url
     os.environ.pop("PREFECT_API_URL", None)
     return None
+
+
+@contextmanager
+def server_needed() -> Iterator[None]:
+    """Tell in one sentence that Prefect's server went away; it was asked for minutes then.
+
+    Within a flow, too: Prefect keeps what a flow raises, and the request of an httpx error has the API key in it.
+
+    Raises:
+        Interrupted: It cannot be reached.
+    """
+    from httpx import HTTPError, HTTPStatusError
+
+    try:
+        yield
+    except HTTPError as error:
+        answered = error.response.status_code if isinstance(error, HTTPStatusError) else None
+        what = f"answers with an error ({answered})" if answered else f"cannot be reached ({type(error).__name__})"
+        gone = Interrupted(
+            f"Prefect's server {what}. What was finished is kept; the same command continues, with a server of its own "
+            "where none is there."
+        )
+        try:
+            raise gone
+        except Interrupted:
+            gone.__context__ = None  # `from None` hides it from people only; where Dask is loaded it is pickled, too
+            raise

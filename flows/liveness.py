@@ -32,7 +32,7 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Crashed
 
-from flows.environment import prefect_home
+from flows.environment import prefect_home, server_needed
 from flows.telling import tell_of
 from pipeline.files import remove
 from pipeline.patience import is_locked
@@ -57,7 +57,8 @@ def alive(workspace: Path) -> Iterator[None]:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = _locked(path)
     try:
-        yield
+        with server_needed():
+            yield
     finally:
         remove(path)
         os.close(fd)

@@ -55,6 +55,7 @@ from pipeline.states import (
     RequestState,
     current_version,
     excluded,
+    let_go_and_out,
     published_versions,
     purged_versions,
     put_back,
@@ -140,7 +141,7 @@ def show(
         if as_json:
             show_json({"state": states[name], "events": events, "deduplication": decision, "deadlines": due})
             return
-        show_request(states[name], events)
+        show_request(states[name], events, name in let_go_and_out(entries, states))
         for deadline in due:
             say(f"  {deadline_words(deadline, now)}")
         show_overlaps([decision] if decision else [])
@@ -171,9 +172,9 @@ def show_tensor(workspace: Workspace, manifest: VersionManifest, name: str, as_j
         say(f"  {line}")
 
 
-def show_request(state: RequestState, events: list[LedgerEntry]) -> None:
+def show_request(state: RequestState, events: list[LedgerEntry], still_out: bool) -> None:
     """A request: where it stands, then every event."""
-    since = f", excluded since v{state.version}" if state.state in TAKEN_OUT else ""
+    since = f", excluded since v{state.version}" if state.state in TAKEN_OUT or still_out else ""
     say(f"{state.request_id}: {state_words(state)}{since}  (batch {state.batch_id})")
     for e in events:
         version = f"  v{e.event.version}" if e.event.version is not None else ""

@@ -6,7 +6,7 @@ Asked most often, by people and by monitoring, so that they load only what they 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from flows.terminal import TIME, Json, checked_entries, opened, out, say, show_j
 from pipeline.clocks import Standing, standing
 from pipeline.display import plain, plural
 from pipeline.records import LedgerEntry
-from pipeline.states import AWAITING, TAKEN_OUT, RequestState, current_version, request_states
+from pipeline.states import AWAITING, TAKEN_OUT, RequestState, current_version, let_go_and_out, request_states
 from pipeline.workspace import Workspace
 
 verbs = typer.Typer(rich_markup_mode=None)
@@ -51,7 +51,7 @@ def status(
                    "counts": dict(counts), "queue": queue, "oldest_waiting": found.oldest,
                    "deadlines": list(found.deadlines), "postdated": found.postdated})  # fmt: skip
     else:
-        show_status(states, current, found, now)
+        show_status(states, current, found, now, let_go_and_out(entries, states))
         for run_id in held:
             say(f"{run_id} waits for approval; see takedown review.")
     if fail_overdue and found.overdue:
@@ -67,12 +67,16 @@ def held_runs(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[str]
     return [run.run_id for run in waiting(workspace, entries)]
 
 
-def show_status(states: Mapping[str, RequestState], current: int, found: Standing, now: datetime) -> None:
+def show_status(
+    states: Mapping[str, RequestState], current: int, found: Standing, now: datetime, still_out: Collection[str]
+) -> None:
     """The version in force, counts, deadlines, and requests: those to be done first, then the newest."""
     say(f"Current version: v{current}")
     if states:
         counts = Counter(s.state for s in states.values()).most_common()
-        say(f"{plural(len(states), 'request')}: {', '.join(f'{count:,} {state}' for state, count in counts)}")
+        on_hold = sum(s.on_hold for s in states.values())
+        held = f"; {on_hold:,} on hold" if on_hold else ""
+        say(f"{plural(len(states), 'request')}: {', '.join(f'{count:,} {state}' for state, count in counts)}{held}")
     show_deadlines(found, now)
     queue = [s for s in states.values() if s.to_do]
     others = [s for s in states.values() if not s.to_do]
@@ -83,7 +87,7 @@ def show_status(states: Mapping[str, RequestState], current: int, found: Standin
             state_words(s),
             s.batch_id,
             s.received_at.strftime(TIME),
-            f"v{s.version}" if s.state in TAKEN_OUT else "",
+            f"v{s.version}" if s.state in TAKEN_OUT or s.request_id in still_out else "",
         )
         for s in listed
     ]
@@ -93,7 +97,8 @@ def show_status(states: Mapping[str, RequestState], current: int, found: Standin
     if found.oldest is None:
         say("Nothing waits.")
         return
-    say(f"{len(queue):,} waiting. The oldest, {plain(found.oldest.request_id)}, for {span(now - found.oldest.since)}.")
+    oldest = f"The oldest, {plain(found.oldest.request_id)}, waits for {span(now - found.oldest.since)}."
+    say(f"{len(queue):,} to be worked on. {oldest}")
 
 
 @verbs.command()

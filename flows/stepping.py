@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 from rich.text import Text
 
 from flows.approving import show_waiting
+from flows.environment import server_needed
 from flows.overlaps import show_overlaps
 from flows.progress import bars
 from flows.scores import score_table
@@ -30,7 +30,6 @@ from flows.terminal import (
 )
 from flows.versioning import storage_line
 from pipeline.approval import waiting
-from pipeline.errors import Interrupted
 from pipeline.history import step_view
 from pipeline.patience import LONGEST_WAIT_S, standing_first, writing_in_turn
 from pipeline.records import Publication
@@ -46,24 +45,6 @@ if TYPE_CHECKING:
 verbs = typer.Typer(rich_markup_mode=None)
 
 ANSWERED = "Every request of this batch is answered, or on hold; see takedown status."
-
-
-@contextmanager
-def server_needed() -> Iterator[None]:
-    """Tell in one sentence that Prefect's server went away; it was asked for minutes then.
-
-    Raises:
-        Interrupted: It cannot be reached.
-    """
-    from httpx import HTTPError
-
-    try:
-        yield
-    except HTTPError as error:
-        raise Interrupted(
-            f"Prefect's server cannot be reached any more ({type(error).__name__}). What was finished is kept; the "
-            "same command continues, with a server of its own where none answers."
-        ) from None
 
 
 @verbs.command()
@@ -249,6 +230,8 @@ def show_step(workspace: Workspace, view: Any) -> None:
     show_overlaps(view.dedupe.decisions)
     if view.evaluation:
         out.print(score_table(view.evaluation, {name: state_words(s) for name, s in states.items()}))
+    if again := [name for vector in view.vectors for name in vector.again]:
+        say(f"Had come back above the target, and was pushed down again with them: {', '.join(again)}.")
     for reason in view.verdict.reasons if view.verdict else ():
         say(f"Refused: {reason}")
     for sentence in view.verdict.unchecked if view.verdict else ():

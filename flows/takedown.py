@@ -133,11 +133,12 @@ def leave_artifacts(workspace: str, run_id: str, publication: Publication) -> No
 
 def _leave(workspace: str, run_id: str, publication: Publication) -> None:
     run = open_run(workspace, run_id)
-    version = f"v{publication.version}" if publication.version is not None else "none"
+    version = f"v{publication.version}" if publication.version is not None else f"none; v{run.plan.parent} stays"
+    outcome = "answered, nothing to change" if publication.outcome == "nothing" else publication.outcome
     again = run.plan.reworks if publication.outcome != "nothing" else ()
     create_markdown_artifact(
         key=run_id,
-        markdown=f"# {run_id}\n\n- outcome: **{publication.outcome}**\n- parent: v{run.plan.parent}\n"
+        markdown=f"# {run_id}\n\n- outcome: **{outcome}**\n- parent: v{run.plan.parent}\n"
         f"- version: {version}\n- requests: {', '.join(run.plan.requests)}\n"
         + (f"- worked on again: {', '.join(again)}\n" if again else ""),
         description="Takedown step",

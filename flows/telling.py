@@ -23,13 +23,19 @@ from prefect.logging.loggers import PrefectLogAdapter, flow_run_logger
 from pipeline.clocks import overdue
 from pipeline.display import plain, plural
 from pipeline.errors import TakedownError
+from pipeline.resources import lock_holder
+from pipeline.runlog import log_file, read_events
+from pipeline.runs import unfinished_runs
 from pipeline.settings import LOOPBACK
-from pipeline.workspace import Workspace, open_workspace
+from pipeline.workspace import Workspace, open_workspace, read_entries
 
 LONGEST_S = 10.0
 """How long a run waits for the receiver, whatever that does."""
 NAMED = 100
 """Deadlines that are named; ``overdue_count`` counts all."""
+
+STEPPING = ("scheduled", "ad-hoc")
+"""Flows that carry out a step, so that a run that was begun and not ended is theirs."""
 
 RUN = re.compile(r"\brun-[0-9a-f]{12}\b")
 
@@ -63,18 +69,33 @@ def message(workspace: Workspace, flow: str, flow_run: FlowRun, state: State[Any
         TakedownError: See `pipeline.clocks.overdue`.
     """
     run = RUN.search(state.message or "")
+    crashed = state.is_crashed() and flow in STEPPING
+    name = run.group() if run else left_behind(workspace, flow_run.start_time) if crashed else None
     late = overdue(workspace, datetime.now(UTC)) if state.name == "Overdue" else ()
-    named = f" ({run.group()})" if run else f" ({plural(len(late), 'deadline')})" if late else ""
+    named = f" ({name})" if name else f" ({plural(len(late), 'deadline')})" if late else ""
     return {
         "text": f"takedown, {workspace.root.name}: {flow} ended as {state.name}{named}.",
         "workspace": workspace.root.name,
         "flow": flow,
         "flow_run": str(flow_run.id),
         "state": state.name,
-        "run": run.group() if run else None,
+        "run": name,
         "overdue": [{"request": d.request_id, "clock": d.clock, "due": d.due.isoformat()} for d in late[:NAMED]],
         "overdue_count": len(late),
     }
+
+
+def left_behind(workspace: Workspace, since: datetime | None) -> str | None:
+    """The run that was at work when a process died without a word; None where that is not certain.
+
+    Not while somebody works, whose run it may be, nor one that nothing is heard of since the process began.
+    """
+    found = unfinished_runs(workspace, read_entries(workspace))
+    if len(found) != 1 or since is None or lock_holder(workspace.root / ".lock") is not False:
+        return None
+    path = log_file(workspace, found[0])
+    times = [datetime.fromisoformat(str(e["at"])) for e in read_events(path) if "at" in e] if path else []
+    return found[0] if times and max(times) >= since else None
 
 
 def post(url: str, body: dict[str, object], longest_s: float = LONGEST_S) -> str | None:

@@ -30,9 +30,9 @@ from pipeline.preflight import Estimate, shortages
 from pipeline.records import LedgerEntry, Record
 from pipeline.resources import Room, lock_holder
 from pipeline.runlog import read_events
-from pipeline.runs import undecided
+from pipeline.runs import undecided, unfinished_runs
 from pipeline.settings import Settings
-from pipeline.states import approvals, decisions, questions, request_states
+from pipeline.states import approvals, questions, request_states
 from pipeline.storecheck import Depth
 from pipeline.vault import open_vault
 from pipeline.verify import verify
@@ -308,27 +308,25 @@ def check_lock(workspace: Workspace, now: datetime) -> list[Finding]:
 
 def check_runs(workspace: Workspace, entries: Sequence[LedgerEntry], now: datetime) -> list[Finding]:
     """Runs that were begun and not ended while nobody works on them, and decisions that nobody takes."""
-    decided, states = decisions(entries), request_states(entries)
+    states = request_states(entries)
     asked, approved = {run_id: e.at for run_id, e in questions(entries).items()}, set(approvals(entries))
     held = {plan.run_id for plan in undecided(workspace, entries)}  # not what was overtaken: the next run removes it
     busy, findings = lock_holder(workspace.root / ".lock"), []
-    for folder in sorted(workspace.runs.glob("run-*")):
-        if folder.name in decided or not (folder / "plan.json").is_file():
-            continue
-        if folder.name in asked:
-            if folder.name in approved & held and not busy:
-                told = f"{folder.name}: was approved and is not published"
-                remedy = "takedown run publishes it."
-                findings.append(Finding(status="warning", what="runs", found=told, remedy=remedy))
-            elif folder.name in held - approved and now - asked[folder.name] > UNDECIDED:
-                told = f"{folder.name}: waits for approval since {asked[folder.name]:%Y-%m-%d}"
-                remedy = "takedown review; then approve or refuse it."
-                findings.append(Finding(status="warning", what="runs", found=told, remedy=remedy))
-        elif not busy:
-            last = next((e for e in reversed(read_events(folder / "log.jsonl")) if "event" in e), {})
+    for run_id in sorted(asked.keys() & held):
+        if run_id in approved and not busy:
+            told = f"{run_id}: was approved and is not published"
+            remedy = "takedown run publishes it."
+            findings.append(Finding(status="warning", what="runs", found=told, remedy=remedy))
+        elif run_id not in approved and now - asked[run_id] > UNDECIDED:
+            told = f"{run_id}: waits for approval since {asked[run_id]:%Y-%m-%d}"
+            remedy = "takedown review; then approve or refuse it."
+            findings.append(Finding(status="warning", what="runs", found=told, remedy=remedy))
+    if not busy:
+        for run_id in unfinished_runs(workspace, entries):
+            last = next((e for e in reversed(read_events(workspace.runs / run_id / "log.jsonl")) if "event" in e), {})
             when = f", last heard of at {plain(str(last.get('at', '')))}" if last else ""
             nobody = f", and nobody works on it{SEEN}" if busy is False else f"; {UNKNOWN} whether somebody works on it"
-            told = f"{folder.name}: was begun and not ended{nobody}{when}"
+            told = f"{run_id}: was begun and not ended{nobody}{when}"
             remedy = "takedown run continues it; its log says what stopped it."
             findings.append(Finding(status="warning", what="runs", found=told, remedy=remedy))
     waiting = sum(s.to_do for s in states.values())

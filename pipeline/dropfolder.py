@@ -112,7 +112,8 @@ def _set_aside(workspace: Workspace, path: Path, problems: tuple[Problem, ...]) 
     folder.mkdir(mode=0o700, exist_ok=True)
     names = (path.name if n == 1 else f"{path.stem}-{n}{path.suffix}" for n in count(1))
     name = next(name for name in names if not (folder / name).exists() and not (folder / name).is_symlink())
-    lines = [*map(str, problems), "", f"Correct the file and move it back to {workspace.inbox}.", ""]
+    told = [str(problem).replace(str(path), name) for problem in problems]  # where it lies from now on
+    lines = [*told, "", f"Correct the file and move it back to {workspace.inbox}.", ""]
     write_atomic(folder / f"{name}{REASON}", "\n".join(lines).encode("utf-8", "replace"))
     with explained_space(folder):
         put_in_place(path, folder / name)

@@ -128,8 +128,10 @@ def _forget(workspace: Workspace, request_id: str) -> None:
                 remove(path)
             fsync_folder(workspace.index)
         for run in sorted(workspace.runs.glob("*")):
-            # A folder without a plan is what a killed comparison of texts left (`pipeline.reinstate`).
-            if request_id in _worked_on(run) or not (run / "plan.json").is_file():
+            # A folder without a plan is what a killed comparison of texts left (`pipeline.reinstate`). Of one whose
+            # plan cannot be read nobody can say what it worked on; a run can be computed again.
+            found = _worked_on(run)
+            if found is None or request_id in found:
                 remove_run(workspace, run)
         _discard(workspace.report_page)
         _discard(workspace.register)
@@ -150,10 +152,10 @@ def _discard(path: Path) -> None:
         remove(path)
 
 
-def _worked_on(run: Path) -> tuple[str, ...]:
-    """The requests of a run."""
+def _worked_on(run: Path) -> tuple[str, ...] | None:
+    """The requests of a run; None where its plan is not there or cannot be read."""
     try:
         plan = Plan.model_validate_json(read_whole(run / "plan.json"))
     except (OSError, ValidationError):
-        return ()
+        return None
     return (*plan.worked_on, *plan.reinstates)

@@ -239,12 +239,14 @@ def _terms(model: ModelSize, settings: Settings, salient: int) -> dict[str, floa
 
 
 def _disk(model: ModelSize, settings: Settings, salient: int, restores: int) -> int:
-    """Folders of models, the candidate, the version while its file is written, mask, vectors, v0's predictions.
+    """Folders of models, the candidate, the version while its file is written, mask, vectors, v0's predictions; before
+    there is a candidate, two notes of how far a fit has come.
 
     Where the store keeps a delta it is less; whether it will is known only then.
     """
     anchor = 8 * _predictions(model, settings)
-    return model.nbytes * (restores + 2) + model.targets // 8 + 8 * salient + anchor + (16 << 20)
+    made = max(2 * model.nbytes, 24 * salient)
+    return model.nbytes * restores + made + model.targets // 8 + 8 * salient + anchor + (16 << 20)
 
 
 def _held(unlearn: UnlearnSettings) -> int:

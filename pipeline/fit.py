@@ -7,13 +7,25 @@ loss; those are `pipeline.methods`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
 from pipeline.anchor import NO_ANCHOR, Anchor
 from pipeline.errors import NumericalFailure
+from pipeline.halfway import (
+    NOTHING_NOTED,
+    Halfway,
+    Numbers,
+    Tensors,
+    adam_state,
+    random_state,
+    set_adam_state,
+    set_random_state,
+)
 from pipeline.passages import Passage
 from pipeline.settings import UnlearnSettings
 from pipeline.sparse import SalientWeights
@@ -29,8 +41,9 @@ class Trace:
         begun: Iterations of the rounds begun so far.
         rounds: Rounds begun so far.
         left: Passages of the requests that were above the target at the end of the last round.
-        above: How far this step's tokens were above where the method wants them in the last iteration, mean nats; 0 for
-            a method that wants them nowhere.
+        above: How far this step's passages were above where the method wants them in the last iteration, mean nats; 0
+            for a method that wants them nowhere.
+        again: Earlier requests that were above the target and were pushed down, too.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -39,10 +52,11 @@ class Trace:
     rounds: int = 0
     left: Sequence[Passage] = ()
     above: float = 0.0
+    again: set[str] = field(default_factory=set)
 
 
-REACHED = 0.25
-"""Mean nats above where a method wants them from which tokens count as being there."""
+REACHED = 0.15
+"""Mean nats above where a method wants its tokens up to which a passage counts as being there."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ class Fit:
             model as it stands; without those that no fit may work on.
         on_hold: Earlier requests that no fit may work on: what is known of them may be kept as it is, no more.
         never_seen_nll: Nats per token of never-seen text; None where it was not measured.
+        halfway: Where it is noted how far the fit has come.
     """
 
     model: nn.Module
@@ -85,11 +100,70 @@ class Fit:
     remaining: Callable[[], Iterable[Passage]] = tuple
     on_hold: Collection[str] = ()
     never_seen_nll: float | None = None
+    halfway: Halfway = NOTHING_NOTED
 
 
 Backward = Callable[[Sequence[Passage], random.Random, Trace], float]
 """The loss of one iteration: backpropagates it on the given forget passages, counts the tokens it ran in the trace,
 and returns its value. Gradients are left to whoever calls it."""
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A loss that gathers something while it is descended, beside what it knew of the parent when it was prepared."""
+
+    def state(self) -> Numbers | None:
+        """What it has gathered; None where that cannot be noted."""
+
+    def set_state(self, numbers: Numbers) -> None:
+        """The inverse of `state`, for one prepared in the same way."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """All that changes while a loss is descended, to be noted half-way and taken up again.
+
+    Attributes:
+        optimiser: Adam, with its moments.
+        parameters: What it changes, by name.
+        random_: The generator that the loss draws from.
+        trace: What the descent did.
+        backward: The loss; None where it gathers nothing.
+    """
+
+    optimiser: torch.optim.Optimizer
+    parameters: Mapping[str, torch.Tensor]
+    random_: random.Random
+    trace: Trace
+    backward: object = None
+
+    def take_up(self, halfway: Halfway) -> tuple[int, Numbers]:
+        """Put everything where the newest note has it; the iterations that it spares, and its numbers."""
+        found = halfway.take_up()
+        if found is None:
+            return 0, {}
+        iterations, tensors, numbers = found
+        set_adam_state(self.optimiser, self.parameters, tensors)
+        set_random_state(self.random_, numbers["random"])
+        done = numbers["trace"]
+        self.trace.losses[:], self.trace.again = done["losses"], set(done["again"])
+        for name in ("tokens", "begun", "rounds", "above"):
+            setattr(self.trace, name, done[name])
+        if isinstance(self.backward, Remembers):
+            self.backward.set_state(numbers["loss"])
+        halfway.tell("taken-up", iterations=iterations)
+        return iterations, numbers
+
+    def note(self, halfway: Halfway, iterations: int, **numbers: Any) -> None:
+        """Note it, where the last note is old enough."""
+
+        def state() -> tuple[Tensors, Numbers] | None:
+            gathered = self.backward.state() if isinstance(self.backward, Remembers) else {}
+            trace = {**vars(self.trace), "again": sorted(self.trace.again), "left": None}
+            noted = {**numbers, "random": random_state(self.random_), "trace": trace, "loss": gathered}
+            return None if gathered is None else (adam_state(self.optimiser, self.parameters), noted)
+
+        halfway.note(iterations, state)
 
 
 def forget_slices(fit: Fit) -> Sequence[Sequence[Passage]]:
@@ -105,22 +179,29 @@ def forget_slices(fit: Fit) -> Sequence[Sequence[Passage]]:
     return [order[i * size : (i + 1) * size] for i in range(count)]
 
 
-def schedule(fit: Fit, trace: Trace) -> Iterator[tuple[Sequence[Passage], float]]:
+def schedule(fit: Fit, trace: Trace, done: int = 0) -> Iterator[tuple[Sequence[Passage], float]]:
     """The passages of each iteration and its share of the learning rate: a round, and others while something remains.
+
+    Args:
+        fit: Whose passages.
+        trace: Where the rounds are counted.
+        done: Iterations that were done before, which the trace knows of.
 
     How many iterations forgetting takes depends on the model and on how well it knows the text. A rate that is high
     enough for the hardest text costs what is kept for all others; further rounds cost time, and only where needed.
     """
     slices = forget_slices(fit)
-    for number in range(fit.settings.rounds):
-        if number:
-            trace.left = tuple(fit.remaining())
-            if not trace.left and trace.above <= REACHED:
-                return
-        trace.rounds += 1
-        trace.begun += len(slices)
-        for iteration, passages in enumerate(slices):
-            yield passages, rate_at(fit, iteration, len(slices))
+    first, within = divmod(done, len(slices))
+    for number in range(first, fit.settings.rounds):
+        if number > first or not within:
+            if number:
+                trace.left = tuple(fit.remaining())
+                if not trace.left and trace.above <= REACHED:
+                    return
+            trace.rounds += 1
+            trace.begun += len(slices)
+        for iteration in range(within if number == first else 0, len(slices)):
+            yield slices[iteration], rate_at(fit, iteration, len(slices))
 
 
 def rate_at(fit: Fit, iteration: int, count: int) -> float:

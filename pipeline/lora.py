@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.fit import Backward, Fit, Trace, record, schedule
+from pipeline.fit import Backward, Descent, Fit, Trace, record, schedule
 from pipeline.sparse import Mask, Vector
 from pipeline.unlearn import BETAS
 
@@ -77,12 +77,16 @@ def fit_lora(fit: Fit, mask: Mask, backward: Backward) -> tuple[Vector, Trace]:
         optimiser = torch.optim.AdamW(
             factors, lr=settings.lora_learning_rate, betas=BETAS, weight_decay=settings.weight_decay
         )
-        for passages, share in schedule(fit, trace):
+        named = {str(i): factor for i, factor in enumerate(factors)}
+        whole = Descent(optimiser, named, random_, trace, backward)
+        done, _ = whole.take_up(fit.halfway)
+        for passages, share in schedule(fit, trace, done):
             for group in optimiser.param_groups:
                 group["lr"] = settings.lora_learning_rate * share
             record(fit, backward(passages, random_, trace), trace)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+            whole.note(fit.halfway, len(trace.losses))
         with torch.no_grad():
             vector = {
                 f"{name}.weight": fit.salient.gather(f"{name}.weight", module.get_delta_weight(ADAPTER))

@@ -241,12 +241,22 @@ class VectorReport(Record):
         norm: Euclidean norm.
         losses: Total loss per iteration.
         tokens: Tokens run forward and backward.
+        rounds: How often the fit went through its iterations; None for a repair, or by a release that had no rounds.
+        again: Earlier requests that had come back above the target, so that the fit pushed them down, too.
     """
 
     vector: FileRef
     norm: float
     losses: tuple[float, ...]
     tokens: int
+    rounds: int | None = None
+    again: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Without rounds, as releases wrote it that knew of none: evidence is found by its digest."""
+        tree: dict[str, object] = handler(self)
+        return tree if self.rounds is not None else {k: v for k, v in tree.items() if k not in ("rounds", "again")}
 
 
 class CurvePoint(Record):
@@ -328,6 +338,18 @@ class TextScore(Record):
     rouge_l: float | None
     longest_run: int | None
     nll: float
+
+
+class Measured(Record):
+    """Which texts are measured together."""
+
+    names: tuple[str, ...]
+
+
+class TextScores(Record):
+    """Scores of some texts, by name."""
+
+    scores: dict[str, TextScore]
 
 
 class Comparison(Record):

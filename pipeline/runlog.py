@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -190,6 +191,9 @@ def read_events(path: Path) -> list[dict[str, object]]:
     return events
 
 
+ENDS = ("stage-begun", "stage-ended")
+
+
 def stage_seconds(events: list[dict[str, object]]) -> dict[str, float]:
     """Seconds of each stage of one run; pieces that ran side by side count as the longest."""
     found: dict[str, float] = {}
@@ -200,10 +204,17 @@ def stage_seconds(events: list[dict[str, object]]) -> dict[str, float]:
     return found
 
 
+def _without_a_break(events: list[dict[str, object]]) -> dict[str, float]:
+    """Seconds of the stages that were not begun more often than they ended."""
+    begun, ended = (Counter(e.get("stage") for e in events if e.get("event") == kind) for kind in ENDS)
+    return {stage: seconds for stage, seconds in stage_seconds(events).items() if begun[stage] <= ended[stage]}
+
+
 def recorded_times(workspace: Workspace) -> StageTimes:
-    """How long the stages took in the runs whose logs are there."""
+    """How long the stages took in the runs whose logs are there; of one that was killed and taken up nobody knows."""
     paths = [*workspace.runs.glob(f"*/{NAME}"), *archive(workspace).glob("run-*.jsonl")]
-    runs = [found for path in sorted(paths) if (found := stage_seconds(read_events(path)))]
+    logs = [read_events(path) for path in sorted(paths)]
+    runs = [found for events in logs if (found := _without_a_break(events))]
     stages = [stage for stage in STAGES if any(stage in found for found in runs)]
     seconds = {stage: median(found[stage] for found in runs if stage in found) for stage in stages}
     return StageTimes(seconds, len(runs))

@@ -285,6 +285,13 @@ def _own_bytes(folder: Path) -> int:
     return sum(status.st_size for status in found if status.st_nlink == 1)
 
 
+def unfinished_runs(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[str]:
+    """Runs that were planned, and neither ended nor wait for approval."""
+    known = decisions(entries).keys() | questions(entries).keys()
+    folders = sorted(workspace.runs.glob("run-*"))
+    return [f.name for f in folders if f.name not in known and (f / "plan.json").is_file()]
+
+
 def undecided(workspace: Workspace, entries: Sequence[LedgerEntry]) -> list[Plan]:
     """The plans of runs that wait for approval, or have it and are not published yet, oldest first.
 

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.errors import InvalidInput, Problem
-from pipeline.method_defaults import DEFAULT_METHOD, METHOD_DEFAULTS, MethodName
+from pipeline.method_defaults import DEFAULT_METHOD, METHOD_DEFAULTS, NEGATED, MethodName
 from pipeline.periods import Period, read_period
 from pipeline.records import Basis
 from pipeline.states import State
@@ -96,6 +96,10 @@ class MethodSettings(Section):
     """Tokens per position that share the probability in Obliviate's target; published: 5 to 10."""
 
 
+ASKED = {"asked": True}
+"""Context of a validation of what somebody has just set, in which more is asked than of what is on record."""
+
+
 class UnlearnSettings(Section):
     """The method, its saliency mask, the fit of the task vector, the repair.
 
@@ -120,7 +124,7 @@ class UnlearnSettings(Section):
     """Optimiser steps of the fit; more where needed to see every passage once."""
     rounds: int = Field(1, gt=0)
     """Most times that a direct method goes through these. A further round goes on from where the last one ended, and is
-    begun only while a request is above the target."""
+    begun only while a request is above the target, or this step's passages above where the method wants them."""
     passages_per_iteration: int = Field(32, gt=0)
     """Forget passages per step; a smaller forget set is seen whole in each."""
     learning_rate: float = Field(1e-4, gt=0)
@@ -146,7 +150,7 @@ class UnlearnSettings(Section):
     text, with nobody having to list it. Takes a minute on a CPU for a few million weights."""
     recited_passages: int = Field(32, gt=0)
     """Recited passages per iteration, of retain text or found in this way, beside ``anchor_passages`` others; by
-    ``short-context``."""
+    ``short-context``, which keeps as many earlier ones where they are."""
     anchor_top_k: int = Field(64, gt=0)
     """Tokens per position kept apart in the KL; the rest share one bucket."""
     context_tokens: int = Field(8, gt=0)
@@ -174,6 +178,16 @@ class UnlearnSettings(Section):
         method = data.get("method", DEFAULT_METHOD)
         known = METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}  # type: ignore[call-overload]
         return {**known, **data}
+
+    @model_validator(mode="after")
+    def _no_rounds_of_what_is_negated(self, info: ValidationInfo) -> UnlearnSettings:
+        """While a fit goes towards the text, the text is always above the target. Asked of what somebody sets, not of
+        what is on record."""
+        if info.context == ASKED and self.rounds > 1 and self.method in NEGATED:
+            raise ValueError(
+                f"rounds: {self.method} descends towards the text, so there is no end but iterations; leave it at 1"
+            )
+        return self
 
 
 class CalibrateSettings(Section):
@@ -259,6 +273,9 @@ class RuntimeSettings(Section):
     preflight: Literal["refuse", "warn"] = Field("refuse", exclude=True)
     """A run that memory or disk are estimated not to suffice for: ``refuse`` it before anything is changed, or ``warn``
     in its log and go on. Changes no result, like the two above and below."""
+    note_s: float = Field(300.0, ge=0, exclude=True)
+    """Seconds of a fit or a repair after which it is noted how far it has come, 12 bytes for each salient weight: what
+    a killed process loses. It goes on with the same bytes, so this changes no result either."""
     workers: int = Field(2, ge=1, le=1024, exclude=True)
     """Pieces that are worked on at the same time; each Dask or Ray worker loads the model for itself."""
 
@@ -416,7 +433,7 @@ def read_settings(path: Path) -> Settings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidInput([Problem(str(path), f"is not TOML ({error})", "Correct the file.")]) from error
     try:
-        return Settings.model_validate(tree)
+        return Settings.model_validate(tree, context=ASKED)
     except ValidationError as error:
         raise InvalidInput(
             Problem(

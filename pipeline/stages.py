@@ -35,8 +35,9 @@ from pipeline.dedupe import dedupe, exclude_retain
 from pipeline.errors import StoreDamaged
 from pipeline.evaluate import memorised_above, score_texts
 from pipeline.evidence import noted_exclusions
-from pipeline.files import make_folder
+from pipeline.files import digest_json, make_folder
 from pipeline.gate import decide
+from pipeline.halfway import Halfway
 from pipeline.index import DedupeIndex
 from pipeline.ledger import Ledger
 from pipeline.merge import differing_entries, merge
@@ -56,11 +57,14 @@ from pipeline.records import (
     Evaluation,
     LeftOut,
     MaskReport,
+    Measured,
     MergeReport,
+    Record,
     ScreenedRequest,
     ScreenReport,
     Step,
     TextScore,
+    TextScores,
     VectorReport,
     Verdict,
 )
@@ -240,7 +244,23 @@ def saliency(workspace_root: str, run_id: str) -> MaskReport:
     return run.stage("saliency", MaskReport, (screened,), compute)
 
 
-def _workbench(run: Run, stage: str) -> Workbench:
+def _halfway(run: Run, stage: str, after: Record) -> Halfway:
+    """Where it is noted how far a long stage has come, which follows a certain record.
+
+    A note counts only while all is as it was that is looked up anew when a run goes on: holds, withdrawals, erasures,
+    and what v0 says.
+    """
+    spans = {**forget_spans(run), **earlier_spans(run), **reinstated_spans(run)}
+    found = reference(str(run.workspace.root), run.run_id)
+    key = [
+        run.run_id, stage, after.model_dump(mode="json"), found.model_dump(mode="json"), sorted(held_texts(run)),
+        {name: [span.model_dump() for span in of] for name, of in spans.items()},
+    ]  # fmt: skip
+    note_s = run.workspace.settings().runtime.note_s
+    return Halfway(run.folder, stage, digest_json(key), note_s, partial(report, run.workspace, run.run_id, stage=stage))
+
+
+def _workbench(run: Run, stage: str, halfway: Halfway) -> Workbench:
     """The workbench of a run whose mask is known."""
     model, tokenizer = start_model(run)
     vault, settings = open_vault(run.workspace), run.settings
@@ -265,7 +285,7 @@ def _workbench(run: Run, stage: str) -> Workbench:
     )
     return Workbench(
         model, load_mask(run.folder, run.finished("saliency", MaskReport).mask), texts, found.level, settings,
-        pad_id(tokenizer), lambda iteration, of, loss: tell(stage, iteration, of, f"loss {loss:.3f}"),
+        pad_id(tokenizer), lambda iteration, of, loss: tell(stage, iteration, of, f"loss {loss:.3f}"), halfway,
     )  # fmt: skip
 
 
@@ -274,7 +294,14 @@ def _kept(run: Run, fitted: Fitted, target: float, name: str) -> Step:
     ref = save_vector(run.folder / f"{name}.safetensors", fitted.vector)
     trace, found = fitted.trace, fitted.strength
     return Step(
-        vector=VectorReport(vector=ref, norm=norm(fitted.vector), losses=tuple(trace.losses), tokens=trace.tokens),
+        vector=VectorReport(
+            vector=ref,
+            norm=norm(fitted.vector),
+            losses=tuple(trace.losses),
+            tokens=trace.tokens,
+            rounds=trace.rounds or None,
+            again=tuple(sorted(trace.again)),
+        ),
         calibration=Calibration(
             vector=ref,
             alpha=found.point.alpha,
@@ -290,13 +317,16 @@ def unlearn(workspace_root: str, run_id: str) -> Step:
     """Fit the task vector by the method of the settings, and find the strength of its negation."""
     run = open_run(workspace_root, run_id)
     masked = run.finished("saliency", MaskReport)
+    halfway = _halfway(run, "unlearn", masked)
 
     def compute() -> Step:
         _require(run, "unlearn", masked.selected)
-        bench = _workbench(run, "unlearn")
+        bench = _workbench(run, "unlearn", halfway)
         return _kept(run, bench.fitted(), bench.target, "vector")
 
-    return run.stage("unlearn", Step, (masked,), compute)
+    done = run.stage("unlearn", Step, (masked,), compute)
+    halfway.clear()
+    return done
 
 
 def repair_stage(workspace_root: str, run_id: str) -> Step:
@@ -306,16 +336,19 @@ def repair_stage(workspace_root: str, run_id: str) -> Step:
     """
     run = open_run(workspace_root, run_id)
     fitted = run.finished("unlearn", Step)
+    halfway = _halfway(run, "repair", fitted)
 
     def compute() -> Step:
         _require(run, "repair", run.finished("saliency", MaskReport).selected)
-        bench = _workbench(run, "repair")
+        bench = _workbench(run, "repair", halfway)
         if not bench.has_repair:
             return fitted
         tau = load_vector(run.folder, fitted.vector.vector)
         return _kept(run, bench.repaired(tau, fitted.calibration.alpha), bench.target, "repaired")
 
-    return run.stage("repair", Step, (fitted,), compute)
+    done = run.stage("repair", Step, (fitted,), compute)
+    halfway.clear()
+    return done
 
 
 def merge_stage(workspace_root: str, run_id: str) -> MergeReport:
@@ -349,6 +382,10 @@ def _merged(run: Run, mask: Mask, vector: Vector, alpha: float, names: Mapping[s
         return report
     changed = differing_entries(model_folder(run, run.plan.parent), run.folder / "candidate")
     return report.model_copy(update={"changed": sum(changed.values()), "changed_tensors": tuple(sorted(changed))})
+
+
+PIECE = 64
+"""Texts that are measured together, and kept together when a process is killed."""
 
 
 def evaluate(workspace_root: str, run_id: str) -> Evaluation:
@@ -385,18 +422,30 @@ def evaluate(workspace_root: str, run_id: str) -> Evaluation:
         roles |= dict.fromkeys(earlier, "earlier") | dict.fromkeys(back, "reinstated") | dict.fromkeys(kept, "kept")
         recited = {**forget, **rest, **earlier, **back, **kept}
         count = Counter("evaluate", 2 * (len(flatten(recited)) + len(flatten(held))))
-        tokens, passages = settings.runtime.batch_tokens, settings.evaluate.generate_passages
+        inputs, passages = (merged, deduped, found), settings.evaluate.generate_passages
 
-        def scored(model: nn.Module) -> dict[str, TextScore]:
-            return {
-                **score_texts(model, tokenizer, recited, passages, tokens, count.add),
-                **score_texts(model, tokenizer, held, 0, tokens, count.add),
-            }
+        def measure(model: nn.Module, piece: Mapping[str, Sequence[Passage]], generated: int) -> TextScores:
+            tokens = settings.runtime.batch_tokens
+            return TextScores(scores=score_texts(model, tokenizer, piece, generated, tokens))
 
-        before = scored(parent)
+        def scored(side: str, model: nn.Module) -> dict[str, TextScore]:
+            """In pieces that are kept one by one: a killed process measures none of them again."""
+            scores: dict[str, TextScore] = {}
+            for kind, texts, generated in (("recited", recited, passages), ("held", held, 0)):
+                for start in range(0, len(texts), PIECE):
+                    piece = dict(list(texts.items())[start : start + PIECE])
+                    of, name = (*inputs, Measured(names=tuple(piece))), f"scored/{side}-{kind}-{start}"
+                    measured = run.stage(name, TextScores, of, partial(measure, model, piece, generated)).scores
+                    # In the order of the texts: a record that is read again has its names in another.
+                    scores |= {name: measured[name] for name in piece if name in measured}
+                    count.add(len(flatten(piece)))
+            return scores
+
+        make_folder(run.folder / "scored")
+        before = scored("parent", parent)
         shared_model.cache_clear()  # one model in memory at a time
         del parent
-        after = scored(load_model(run.folder / "candidate", settings.runtime.device))
+        after = scored("candidate", load_model(run.folder / "candidate", settings.runtime.device))
         roles |= dict.fromkeys(held, "held-out")
         comparisons = [
             Comparison(name=name, role=roles[name], before=before[name], after=after[name]) for name in before

@@ -289,6 +289,12 @@ def taken_out(entries: Sequence[LedgerEntry], version: int) -> tuple[str, ...]:
     return tuple(name for name, event in last_words(entries, version).items() if event.kind in OUT)
 
 
+def let_go_and_out(entries: Sequence[LedgerEntry], states: Mapping[str, RequestState]) -> frozenset[str]:
+    """Requests that were withdrawn while their text is out of the version in force; it stays so until reinstated."""
+    let_go = {name for name, s in states.items() if s.state == "withdrawn"}
+    return frozenset(let_go.intersection(taken_out(entries, current_version(entries)))) if let_go else frozenset()
+
+
 def excluded(entries: Sequence[LedgerEntry], version: int) -> dict[str, RequestState]:
     """Requests that a version is meant to exclude: their text is out of it, and they stand.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pipeline.fit import Backward, Fit, Trace, record, schedule
+from pipeline.fit import Backward, Descent, Fit, Trace, record, schedule
 from pipeline.passages import Passage
 from pipeline.sparse import GradientCollector, SalientWeights, Vector
 from pipeline.terms import backward_anchor, backward_unlikelihood
@@ -67,12 +67,17 @@ def fit_full(fit: Fit, backward: Backward) -> tuple[Vector, Trace]:
     """
     trace, random_, vector = Trace(), random.Random(f"{fit.seed} fit"), fit.salient.zeros()
     descent = _Descent(fit.salient, vector, fit.settings.learning_rate, fit.settings.weight_decay)
+    whole = Descent(descent.optimiser, vector, random_, trace, backward)
     try:
+        done, _ = whole.take_up(fit.halfway)
+        if done:
+            fit.salient.displace(vector)
         with GradientCollector(fit.salient) as gradients:
-            for passages, share in schedule(fit, trace):
+            for passages, share in schedule(fit, trace, done):
                 descent.rate(share)
                 record(fit, backward(passages, random_, trace), trace)
                 descent.step(gradients.take())
+                whole.note(fit.halfway, len(trace.losses))
     finally:
         fit.salient.restore()
     return vector, trace
@@ -99,12 +104,16 @@ def repair(fit: Fit, start: Vector, remaining: Callable[[], Sequence[Passage]]) 
     vector = {name: value.clone() for name, value in start.items()}
     descent = _Descent(fit.salient, vector, settings.repair_learning_rate, 0.0)
     left: Sequence[Passage] = ()
-    weight = 1.0
+    whole = Descent(descent.optimiser, vector, random_, trace)
     try:
+        done, noted = whole.take_up(fit.halfway)
+        weight = float(noted.get("weight", 1.0))
         fit.salient.displace(vector)
         with GradientCollector(fit.salient) as gradients:
-            for iteration in range(settings.repair_iterations):
+            for iteration in range(done, settings.repair_iterations):
                 if iteration % CHECK_EVERY == 0:
+                    if iteration > done:
+                        whole.note(fit.halfway, iteration, weight=weight)
                     left = remaining()
                     weight = weight * PUSH_GROWTH if left else max(1.0, weight / PUSH_GROWTH)
                     if not left and iteration >= settings.repair_min_iterations:

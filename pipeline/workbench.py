@@ -19,6 +19,7 @@ from pipeline.calibrate import Strength, find_strength, retained_mix
 from pipeline.errors import UsageError
 from pipeline.evaluate import scores_by_text, spread
 from pipeline.fit import Fit, Trace
+from pipeline.halfway import NOTHING_NOTED, Halfway
 from pipeline.methods import METHODS, task_vector
 from pipeline.methods.ssu import mismatched
 from pipeline.metrics import exact_memorisation, mean_nll, score_passages
@@ -102,6 +103,7 @@ class Workbench:
         settings: The resolved settings.
         pad_id: Padding id.
         progress: As in `Fit`.
+        halfway: As in `Fit`.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Workbench:
         settings: Settings,
         pad_id: int,
         progress: Callable[[int, int, float], None] = lambda iteration, of, loss: None,
+        halfway: Halfway = NOTHING_NOTED,
     ) -> None:
         out = [p for found in (texts.forget, texts.earlier) for passages in found.values() for p in passages]
         texts = replace(texts, anchor=texts.anchor.apart_from(out))
@@ -125,7 +128,7 @@ class Workbench:
             model, self.salient, texts.trained, texts.anchor, settings.unlearn, pad_id,
             settings.runtime.batch_tokens, settings.runtime.seed, progress, texts.put_back, self.target,
             [p for found in texts.earlier.values() for p in found if p not in trained], self.remaining,
-            texts.on_hold, level.nll,
+            texts.on_hold, level.nll, halfway,
         )  # fmt: skip
         # What the strength must spare, in equal parts. Held-out text alone would not notice that a text the model
         # knows by heart, and is to keep, is lost.

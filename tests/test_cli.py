@@ -294,6 +294,9 @@ def test_a_hold_stops_purges_until_it_is_released(takedown: Takedown, ws: Worksp
     assert takedown("-w", ws.root, "counter", "A", "--reason", "licence", "--json").json()["state"] == "countered"
     assert takedown("-w", ws.root, "withdraw", "A", "--reason", "letter").code == 0
     assert takedown("-w", ws.root, "withdraw", "A", "--reason", "letter").code == 2
+    assert "A: withdrawn, excluded since v1" in takedown("-w", ws.root, "show", "A").out, "it is still out"
+    row = next(line for line in takedown("-w", ws.root, "status").out.splitlines() if line.split()[:1] == ["A"])
+    assert row.split()[-1] == "v1"
     assert takedown("-w", ws.root, "rollback", "v0", "--reason", "withdrawn").code == 1, "B is still out"
     assert takedown("-w", ws.root, "verify").code == 0
 
@@ -361,7 +364,7 @@ def test_submit_waits_for_the_next_run(takedown: Takedown, ws: Workspace, batch:
     answer = takedown("-w", ws.root, "submit", batch, "--json", "--actor", "legal")
     assert answer.code == 0 and answer.json()["requests"] == ["D", "F"]
     status = takedown("-w", ws.root, "status")
-    assert "2 waiting." in status.out
+    assert "2 to be worked on." in status.out
     received = [e["event"] for e in takedown("-w", ws.root, "log", "--json").json()][-2:]
     assert [(e["kind"], e["actor"], e["request_id"]) for e in received] == [
         ("received", "legal", "D"),

@@ -282,7 +282,7 @@ def test_status_shows_counts_age_and_deadlines_with_the_overdue_first(
     assert [row[0] for row in rows] == ["TD-2", "TD-1", "TD-3"]
     assert " ".join(rows[0]) == "TD-2 waiting answer 2026-03-05 09:00Z overdue by 1 d 3 h"
     assert " ".join(rows[1]) == "TD-1 waiting answer 2026-03-07 09:00Z 21 h 0 min left"
-    assert "1 deadline overdue." in found.out and "3 waiting. The oldest, TD-2, for 4 d 3 h." in found.out
+    assert "1 deadline overdue." in found.out and "3 to be worked on. The oldest, TD-2, waits for 4 d 3 h." in found.out
     shown = json.loads(status(store, SET, "--json").out)
     assert [(d["request_id"], d["due"], d["overdue"]) for d in shown["deadlines"]] == [
         ("TD-2", "2026-03-05T09:00:00Z", True), ("TD-1", "2026-03-07T09:00:00Z", False),

@@ -102,6 +102,7 @@ def test_bad_files_are_set_aside_with_the_reason_and_hold_up_nothing(ws: Workspa
     reasons = {name: (rejected / f"{name}.reason.txt").read_text() for name in aside}
     assert all("move it back" in reason for reason in reasons.values())
     assert "was already taken in" in reasons["known.json"] and "control.json: requests[0]" in reasons["control.json"]
+    assert all(str(ws.inbox / name) not in reason for name, reason in reasons.items()), "it lies elsewhere now"
     assert not any(word in reason for reason in reasons.values() for word in SECRET.split())
     assert leaks([SECRET], ws.root, *(reason.encode() for reason in reasons.values())) == [
         *leaks([SECRET], ws.inbox)

@@ -12,13 +12,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from uuid import UUID
 
+import cloudpickle
 import pytest
-from httpx import ConnectError
+from httpx import ConnectError, HTTPError, HTTPStatusError, Request, Response
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
 from flows import liveness, shown
 from flows.environment import prefect_home, server_answers
 from flows.liveness import alive
+from pipeline.errors import Interrupted
 from pipeline.patience import only_one
 from pipeline.progress import tell
 
@@ -35,6 +37,7 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from flows import liveness
+from pipeline.errors import Interrupted
 from pipeline.patience import only_one
 liveness.flow_run = SimpleNamespace(id=sys.argv[2])
 with liveness.alive(Path(sys.argv[1])), only_one(Path(sys.argv[3])) as first:
@@ -48,6 +51,22 @@ def remembered(minutes: float) -> FlowRun:
     since = datetime.now(UTC) - timedelta(minutes=minutes)
     state: State[object] = State(type=StateType.RUNNING, timestamp=since)
     return FlowRun.model_validate({"id": RUN, "flow_id": RUN, "state": state, "parameters": {}})
+
+
+@pytest.mark.parametrize("error", [HTTPStatusError, ConnectError])
+def test_a_server_that_fails_a_flow_leaves_no_request_with_its_key(
+    error: type[HTTPError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect pickles what a flow raises, and an error of httpx holds the request, headers and all."""
+    monkeypatch.setattr(liveness, "flow_run", SimpleNamespace(id=RUN))
+    request = Request("POST", "https://prefect.example/api", headers={"Authorization": "Bearer pnu_s3cret"})
+    more = {"response": Response(503, request=request)} if error is HTTPStatusError else {}
+    assert b"pnu_s3cret" in cloudpickle.dumps(error("gone", request=request, **more))  # type: ignore[arg-type]
+    with pytest.raises(Interrupted, match="the same command continues") as caught, alive(tmp_path):
+        raise error("gone", request=request, **more)  # type: ignore[arg-type]
+    assert caught.value.__context__ is None and caught.value.__cause__ is None
+    assert b"s3cret" not in cloudpickle.dumps(caught.value)
+    assert not [*(prefect_home(tmp_path) / "alive").iterdir()]
 
 
 def test_killed_process_is_dead_and_lets_the_next_one_go_on(tmp_path: Path) -> None:

@@ -97,6 +97,18 @@ def test_what_is_set_goes_over_what_the_method_sets() -> None:
     assert UnlearnSettings(method="ga", masked=True).masked is True
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_descends_towards_the_text_has_one_round(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "takedown.toml"
+    path.write_text(f'[unlearn]\nmethod = "{name}"\nrounds = 2\n')
+    if METHODS[name].negated:  # type: ignore[index]
+        with pytest.raises(InvalidInput, match=f"unlearn.*{name} descends towards the text"):
+            read_settings(path)
+    else:
+        assert read_settings(path).unlearn.rounds == 2
+    assert UnlearnSettings.model_validate({"method": name, "rounds": 2}).rounds == 2, "what is on record is read"
+
+
 @pytest.mark.parametrize("value", ['"gradient-assent"', '["ga"]', "1"])
 def test_a_method_that_does_not_exist_is_named_as_the_problem(value: str, tmp_path: Path) -> None:
     path = tmp_path / "takedown.toml"

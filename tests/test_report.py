@@ -188,6 +188,7 @@ def step(
             VectorReport(
                 vector=FileRef(path="vector.safetensors", digest="sha256:" + "7e" * 32),
                 norm=0.7213, losses=(5.02, 4.1, 2.7, 1.31), tokens=1_204_224,
+                rounds=2, again=("TD-<0>",),
             ),
         ),
         calibrations=(curve(alpha),),

@@ -252,3 +252,7 @@ def test_times_are_learned_from_recorded_runs_only(ws: Workspace) -> None:
             append_line(archive(ws) / f"run-{number}.jsonl", json.dumps(line).encode() + b"\n")
     append_line(archive(ws) / "run-0.jsonl", b'[1]\n{"event": "stage-ended", "stage": "merge", "sec')  # killed here
     assert recorded_times(ws) == ({"screening": 20.0, "unlearn": 20.0}, 3)
+    for event, seconds in (("stage-begun", {}), ("stage-begun", {}), ("stage-ended", {"seconds": 0.1})):  # killed once
+        line = {"event": event, "stage": "unlearn", **seconds}
+        append_line(archive(ws) / "run-3.jsonl", json.dumps(line).encode() + b"\n")
+    assert recorded_times(ws) == ({"screening": 20.0, "unlearn": 20.0}, 3)

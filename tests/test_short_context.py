@@ -29,15 +29,15 @@ from pipeline.methods.short_context import (
     RAISED,
     REACHED,
     STRIDE,
-    _Pushed,
+    ShortContext,
     backward_gap,
     backward_held,
     beginning,
     ceilings,
     context_lengths,
     drawn_evenly,
+    log_odds_of,
     power,
-    prepare,
     reached,
     risen,
     short_context,
@@ -199,13 +199,27 @@ def test_the_gap_counts_on_either_side(memory: tuple[nn.Module, Any, list[list[P
         odds = log_odds(logits, torch.tensor(one.continuation))
     trace = Trace()
     with gradients(fit):
-        assert backward_gap(fit, [one], {one: odds + 1}, trace) == pytest.approx(RAISED, rel=1e-4)
+        assert backward_gap(fit, [one], {one: odds + 1}, trace) == pytest.approx(1.0, rel=1e-4)
+        assert trace.above == 0.0
         assert backward_gap(fit, [one], {one: odds - 2}, trace) == pytest.approx(2.0, rel=1e-4)
-        half = odds.clone()
+        assert trace.above == pytest.approx(2.0, rel=1e-4)
+        half, n = odds.clone(), len(odds)
+        up = len(half[::2]) / n
         half[::2] -= 4
-        expected = 4 * len(half[::2]) / len(half)
-        assert backward_gap(fit, [one], {one: half}, trace) == pytest.approx(expected, rel=1e-4)
-        assert trace.tokens == 3 * len(one.ids)
+        assert backward_gap(fit, [one], {one: half}, trace) == pytest.approx(4 * up, rel=1e-4)
+        # On the mean above what is wanted, tokens below it count by RAISED; on the mean below, as much as the others.
+        for low, weight in ((1, RAISED), (9, 1.0)):
+            mixed = half.clone()
+            mixed[1::2] += low
+            expected = 4 * up + weight * low * (1 - up)
+            assert backward_gap(fit, [one], {one: mixed}, trace) == pytest.approx(expected, rel=1e-4)
+            assert trace.above == pytest.approx(max(0.0, 4 * up - low * (1 - up)), rel=1e-3)
+        assert trace.tokens == 5 * len(one.ids)
+        both = {one: odds - 2, taken[1]: log_odds_of(fit, [taken[1]])[taken[1]] + 3}
+        tokens = n + len(taken[1].continuation)
+        expected = (2 * n + 3 * (tokens - n)) / tokens  # each passage is above or below by itself
+        assert backward_gap(fit, [one, taken[1]], both, trace) == pytest.approx(expected, rel=1e-3)
+        assert trace.above == pytest.approx(2 * n / tokens, rel=1e-3)
     others = {p: torch.full((len(p.continuation),), 99.0) for p in taken[1:]}
     for above, there in ((REACHED - 0.01, [*taken]), (REACHED + 0.01, taken[1:])):
         known = {**others, one: odds - above}
@@ -261,6 +275,7 @@ def test_what_has_come_back_is_pushed_like_what_is_new(
     _, blind = task_vector(replace(fit, earlier=()), weights)
     _, held = task_vector(replace(fit, on_hold=["two"]), weights)
     assert watched.tokens > blind.tokens and watched.losses[0] > 1.5 * blind.losses[0]
+    assert (watched.again, blind.again) == ({"two"}, set())
     assert held.losses == blind.losses  # a legal hold stops work on it
 
 
@@ -279,7 +294,7 @@ def test_what_comes_back_during_a_fit_is_pushed_from_the_next_round_on(
 ) -> None:
     model, _, (taken, other), _ = memory
     fit = replace(fit_of(model, taken, NO_ANCHOR), target=0.5)
-    pushed, trace = _Pushed(fit, [], random.Random(1)), Trace(rounds=1)
+    pushed, trace = ShortContext(fit), Trace(rounds=1)
     first = dict(pushed.known)
     assert [*first] == taken and pushed.again == []
     pushed.begin(trace)
@@ -290,11 +305,24 @@ def test_what_comes_back_during_a_fit_is_pushed_from_the_next_round_on(
     assert pushed.again == [other[0]] and [*pushed.known] == [*taken, other[0]]
     torch.testing.assert_close(pushed.known[taken[0]], first[taken[0]])
     torch.testing.assert_close(pushed.known[taken[1]], torch.full_like(first[taken[1]], 99.0 - DEEPER))
-    backward = prepare(fit)
+    backward = ShortContext(fit)
     with gradients(fit):
         alone = [backward([taken[0]], random.Random(2), Trace(rounds=1)) for _ in range(2)]
         joined = backward([taken[0]], random.Random(2), Trace(rounds=2, left=(other[0],)))
     assert alone[0] == alone[1] and joined > 1.3 * alone[0]
+
+
+def test_a_near_copy_of_this_step_is_not_said_to_have_come_back(
+    memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
+) -> None:
+    """What is folded into another is not worked on itself, and pushed where it stays above the target."""
+    model, _, (taken, other), _ = memory
+    for earlier, said in (([], set()), (other, {"two"})):
+        fit = replace(fit_of(model, taken, NO_ANCHOR), target=1.0, earlier=earlier)
+        trace, loss = Trace(rounds=2, left=(other[0],)), ShortContext(fit)
+        with gradients(fit):
+            loss([taken[0]], random.Random(2), trace)
+        assert loss.again == [other[0]] and trace.again == said
 
 
 def test_each_step_holds_out_other_passages_of_all_requests() -> None:

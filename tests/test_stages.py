@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspaces import HELDOUT, KEPT, SETTINGS, STAGES, UNSEEN, WORKS, copied, near_copy, new_workspace, step, take_in
 
-from pipeline import context
+from pipeline import context, stages
 from pipeline.errors import NumericalFailure, StoreDamaged, UsageError
 from pipeline.evidence import (
     RECORDS,
@@ -51,6 +51,8 @@ from pipeline.records import (
     Step,
     Verdict,
 )
+from pipeline.requests import note as put_on_record
+from pipeline.runlog import log_file, read_events
 from pipeline.runs import Plan, Run, open_run, plan_run
 from pipeline.sparse import load_mask
 from pipeline.states import current_version, request_states
@@ -538,7 +540,9 @@ def test_every_stage_is_computed_once_however_often_the_run_is_stopped(
     assert step(fresh) == PUBLISHED
     screened = [name for name in computed if name.startswith("screened/")]
     assert sorted(screened) == sorted(f"screened/{name}" for name in BATCH_1)
-    others = [name for name in computed if name not in screened]
+    scored = [name for name in computed if name.startswith("scored/")]
+    assert scored == [f"scored/{side}-{kind}-0" for side in ("parent", "candidate") for kind in ("recited", "held")]
+    others = [name for name in computed if "/" not in name]
     assert others == ["dedupe", "screen", "saliency", "unlearn", "repair", "merge", "evaluate", "gate"]
     assert len(levels) == 1
     assert len(runs) == 1
@@ -616,12 +620,19 @@ def test_crash_before_the_plan_is_on_record_measures_nothing(fresh: Workspace, m
     assert [e.event.kind for e in entries(fresh)].count("planned") == 1, "a resumed run is planned once"
 
 
-def test_crash_inside_each_stage_is_continued_to_the_same_bytes(lineage: Lineage, fresh: Workspace) -> None:
+def test_crash_inside_each_stage_is_continued_to_the_same_bytes(
+    lineage: Lineage, fresh: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     take_in(fresh, "batch", BATCH_1)
+    # Long stages go on from where they were; how often that is noted is no part of a run's identity.
+    fresh.settings_file.write_text(fresh.settings_file.read_text().replace("[runtime]", "[runtime]\nnote_s = 0.0"))
+    measured: list[str] = []
+    score = stages.score_texts
+    monkeypatch.setattr(stages, "score_texts", lambda *args: measured.append(" ".join(args[2])) or score(*args))
 
     def dying_in(stage: str) -> Listener:
         def listen(name: str, done: int, total: int, note: str) -> None:
-            if name == stage and done >= 2:
+            if name == stage and done >= (6 if stage == "repair" else 2):
                 raise Crash
 
         return listen
@@ -631,9 +642,55 @@ def test_crash_inside_each_stage_is_continued_to_the_same_bytes(lineage: Lineage
             step(fresh)
         shared_model.cache_clear()  # what the dead process had in memory, half changed, is gone
         assert verify(fresh) == []
-    assert step(fresh) == PUBLISHED
+    runs: list[Run] = []
+    assert step(fresh, before_publish=lambda run_id: runs.append(open_run(fresh.root, run_id))) == PUBLISHED
     assert len(list(fresh.runs.iterdir())) == 1
     assert root_of(fresh) == root_of(lineage.workspace)
+    log = log_file(fresh, runs[0].run_id)
+    assert log is not None
+    found = [(e["stage"], e["iterations"]) for e in read_events(log) if e["event"] == "taken-up"]
+    assert [stage for stage, _ in found] == ["unlearn", "repair"] and all(iterations for _, iterations in found)
+    assert len(measured) == 4, "what was measured before the crash is not measured again"
+    assert not [*runs[0].folder.glob("*halfway*")]
+
+
+def test_pieces_that_are_read_again_stand_in_the_same_order(lineage: Lineage, fresh: Workspace) -> None:
+    """The order of the comparisons is in the ledger's commitment to them."""
+    for number, batch in enumerate((BATCH_1, BATCH_2)):
+        take_in(fresh, f"batch-{number}", batch)
+
+        def dying(name: str, done: int, total: int, note: str) -> None:
+            if name == "evaluate" and done > total // 2:
+                raise Crash
+
+        with listening(dying), pytest.raises(Crash):
+            step(fresh)
+        shared_model.cache_clear()
+        runs: list[Run] = []
+        done = step(fresh, before_publish=lambda run_id: runs.append(open_run(fresh.root, run_id)))  # noqa: B023
+        assert done == lineage.outcomes[number]
+        names = [c.name for c in runs[0].finished("evaluate", Evaluation).comparisons]
+        assert names == [c.name for c in evaluated(lineage.workspace, lineage.runs[number]).comparisons]
+    assert names != sorted(names)
+
+
+def test_a_note_counts_only_while_holds_and_withdrawals_stand_still(fresh: Workspace) -> None:
+    """A fit that goes on holds out, and pushes down, what it looked up when it began."""
+    take_in(fresh, "batch", {name: BATCH_1[name] for name in ("A", "B")})
+    assert step(fresh) == PUBLISHED
+    take_in(fresh, "more", {"D": WORKS["two"]})
+    assert step(fresh, stop_after="saliency") is None
+    (run_id,) = [p.name for p in fresh.runs.iterdir() if "D" in open_run(fresh.root, p.name).plan.requests]
+
+    def key() -> str:
+        run = open_run(fresh.root, run_id)
+        return stages._halfway(run, "unlearn", run.finished("saliency", MaskReport)).key
+
+    first = key()
+    assert key() == first
+    for kind, request, same in (("hold", "A", False), ("released", "A", True), ("withdrawn", "B", False)):
+        put_on_record(fresh, kind, request, "counsel", "letter")  # type: ignore[arg-type]
+        assert (key() == first) is same, kind
 
 
 @pytest.mark.slow

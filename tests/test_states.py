@@ -19,6 +19,7 @@ from pipeline.states import (
     excluded,
     follow,
     known_batches,
+    let_go_and_out,
     published_versions,
     purged_versions,
     put_back,
@@ -317,6 +318,15 @@ def test_what_a_later_event_makes_of_an_exclusion(kind: str, stays: bool) -> Non
     entries = _entries(*TAKEN, _of(kind, "A", None))
     assert ("A" in excluded(entries, 2)) == stays
     assert request_states(entries)["A"].version == 1, "the first version that excluded it stays on record"
+
+
+def test_a_withdrawn_text_that_was_out_stays_out_until_it_is_reinstated() -> None:
+    events = [*TAKEN, _of("withdrawn", "A", None)]
+    for more, expected in (([], {"A"}), ([_of("reinstated", "A", 2)], set())):
+        entries = _entries(*events, *more)
+        assert let_go_and_out(entries, request_states(entries)) == expected
+    waiting = _entries(*LINEAGE[:2], _received("A"), _of("withdrawn", "A", None))
+    assert let_go_and_out(waiting, request_states(waiting)) == set()
 
 
 def test_a_reinstated_text_is_excluded_no_more() -> None:

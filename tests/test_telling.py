@@ -9,6 +9,7 @@ import socket
 import time
 import tomllib
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,13 @@ from prefects import Prefect
 from receivers import Receiver, receiving
 from workspaces import draw_text, leaks, write_batch
 
+from flows.telling import left_behind
 from pipeline.dropfolder import Delivery, Rejected
 from pipeline.errors import InvalidInput, Problem
 from pipeline.records import Publication
 from pipeline.settings import Settings, read_settings
 from pipeline.submit import submit
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, writing
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -196,6 +198,25 @@ def test_an_audit_that_finds_a_deadline_passed_tells_once(prefect: Prefect, ws: 
     ws.settings_file.write_text(f"[serve]\nwebhook = '{receiver.url}'\n")
     assert audit(str(ws.root), return_state=True).name == "Sound"
     assert len(receiver.got) == 1, "of what is well nobody is told"
+
+
+def test_the_run_that_a_dead_process_left_is_named_only_where_that_is_certain(ws: Workspace) -> None:
+    begun = datetime(2026, 11, 30, 9, tzinfo=UTC)
+    folder = ws.runs / "run-0123456789ab"
+    assert left_behind(ws, begun) is None
+    folder.mkdir()
+    (folder / "plan.json").write_text("{}")
+    assert left_behind(ws, begun) is None, "nothing is heard of it"
+    (folder / "log.jsonl").write_text('{"at":"2026-11-30T09:00:01+00:00","event":"stage-begun"}\n')
+    assert left_behind(ws, begun) == folder.name
+    assert left_behind(ws, begun + timedelta(seconds=2)) is None, "what was last heard of it was before"
+    assert left_behind(ws, None) is None
+    with writing(ws):
+        assert left_behind(ws, begun) is None, "somebody works on it"
+    other = ws.runs / "run-ba9876543210"
+    other.mkdir()
+    (other / "plan.json").write_text("{}")
+    assert left_behind(ws, begun) is None, "one of two"
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.fit import Backward, Fit
-from pipeline.method_defaults import MethodName
+from pipeline.method_defaults import NEGATED, MethodName
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,6 @@ class Method:
         prepare: Called once with the parent's weights in the model; computes what the loss needs of the parent
             (reference log-probabilities, labels, control vectors) and returns the loss. Nothing of the size of the
             model is kept.
-        negated: Whether the descent goes towards the text and is subtracted (SSU, TV); False where the descent
-            itself unlearns.
         stops: Whether the descent ends at the level of never-seen text by itself, so that its displacement is applied
             whole where that is affordable. A smaller share that reaches the target in what is recited would leave more
             of the trace that membership attacks look for.
@@ -31,5 +29,9 @@ class Method:
     title: str
     source: str
     prepare: Callable[[Fit], Backward]
-    negated: bool = False
     stops: bool = False
+
+    @property
+    def negated(self) -> bool:
+        """Whether the descent goes towards the text and is subtracted (SSU, TV); False where it itself unlearns."""
+        return self.name in NEGATED

@@ -8,7 +8,8 @@ few words, raised to the power that makes it as unlikely as never-seen text is o
     q_t = mean over beginnings z of p_parent(y_t | z, y_{t-c} … y_{t-1})
     κ = NLL of never-seen text / mean over t of -log q_t,  within [1, MOST]
     d_t = logit p_θ(y_t | x, y_<t) - logit q_t^κ
-    L = mean over t of [d_t]_+ + RAISED·[-d_t]_+  +  λ·KL(v0 ‖ θ) on retain text
+    L = mean over t of [d_t]_+ + w·[-d_t]_+  +  λ·KL(v0 ‖ θ) on retain text
+    w = RAISED while the passage's mean d_t is above 0, else 1
 
 Log-odds, so that every token is pushed with the same force, however well it is memorised (the gradient of log p fades
 as p nears 1, that of 1 - p as p nears 0), and each to a place of its own: what has sunk below the level of never-seen
@@ -35,7 +36,8 @@ from itertools import zip_longest
 import torch
 
 from pipeline.anchor import Anchor
-from pipeline.fit import REACHED, Backward, Fit, Trace
+from pipeline.fit import REACHED, Fit, Trace
+from pipeline.halfway import Numbers, random_state, set_random_state
 from pipeline.losses import Predictions, log_odds, predict, token_nll
 from pipeline.methods.method import Method
 from pipeline.metrics import PassageScore, exact_memorisation, score_passages
@@ -55,8 +57,9 @@ MOST = 2.0
 DEEPER = 1.0
 """Nats of log-odds by which a ceiling sinks that was reached and was not enough."""
 RAISED = 0.25
-"""Weight of what is below the level, against what is above. With none a fit ends below it, and the further the more
-steps there were before; with as much it ends half-way."""
+"""Weight of what is below the level, against what is above, while the passage is above on the mean: with as much a fit
+ends half-way. As soon as its mean is below, both count alike: with a quarter for ever four tokens in five end below,
+and the passage is less likely than any that was never seen."""
 
 Ceilings = Mapping[Passage, torch.Tensor]
 """Passage → (P,) float32: the log-odds that are wanted of each token of its continuation."""
@@ -195,7 +198,8 @@ def gaps(predictions: Predictions, rows: Sequence[int], of: Sequence[Passage], k
 
 
 def backward_gap(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: Trace, raised: float = RAISED) -> float:
-    """Mean over tokens of how far their log-odds are above what is wanted, + ``raised`` times how far below.
+    """Mean over tokens of how far their log-odds are above what is wanted, + ``raised`` times how far below; as far in
+    a passage that is below on the mean.
 
     KL would not do: it hardly weighs the unlikely tokens, and in text that is out the true ones are unlikely.
     """
@@ -203,19 +207,21 @@ def backward_gap(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: 
 
     def share_of(predictions: Predictions, rows: Sequence[int]) -> torch.Tensor:
         found = gaps(predictions, rows, passages, known)
-        above = found.clamp_min(0).sum() / tokens
-        trace.above += float(above.detach())
-        return above - raised * found.clamp_max(0).sum() / tokens
+        parts = torch.split(found, [len(passages[i].continuation) for i in rows])
+        means = [float(gap.detach().mean()) for gap in parts]
+        trace.above += sum(max(0.0, mean) * len(gap) for mean, gap in zip(means, parts, strict=True)) / tokens
+        below = [(1.0 if mean < 0 else raised) * gap.clamp_max(0).sum() for mean, gap in zip(means, parts, strict=True)]
+        return (found.clamp_min(0).sum() - torch.stack(below).sum()) / tokens
 
     return backward_sum(fit, passages, share_of, trace)
 
 
 def reached(fit: Fit, passages: Sequence[Passage], known: Ceilings) -> list[Passage]:
-    """Those that have sunk to what is wanted, or nearly."""
+    """Those that have on the mean sunk to what is wanted, or nearly."""
     found = []
     with torch.inference_mode():
         for batch in batches(passages, fit.max_tokens, fit.pad_id, device_of(fit)):
-            above = gaps(predict(fit.model, batch), batch.rows, passages, known).clamp_min(0)
+            above = gaps(predict(fit.model, batch), batch.rows, passages, known)
             parts = torch.split(above, [len(passages[i].continuation) for i in batch.rows])
             found += [passages[i] for i, part in zip(batch.rows, parts, strict=True) if part.mean() <= REACHED]
     return found
@@ -246,13 +252,30 @@ def backward_held(fit: Fit, recited: Anchor, other: Anchor, random_: random.Rand
     return backward_kl(fit, part, trace)
 
 
-class _Pushed:
-    """What is pushed down, and how far: this step's passages, and earlier ones that are above the target."""
+class ShortContext:
+    """L of this step's tokens and of earlier ones above the target, of others that they stay, + λ·KL to what is kept.
 
-    def __init__(self, fit: Fit, up: Sequence[Passage], random_: random.Random) -> None:
-        self.fit, self.random_, self.round = fit, random_, 1
-        self.again = list(up)
-        self.known = {**ceilings(fit, fit.forget, random_), **ceilings(fit, up, random_)}
+    Where there is no retain text and the model recites nothing else, nothing is held to.
+
+    Attributes:
+        known: What is pushed down, and how far: this step's passages, and earlier ones that are above the target.
+        again: Those earlier ones.
+        sunk: How often the ceilings of those known from the start have sunk.
+        out: Requests of earlier takedowns.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        # The step's own requests are in the seed, so that each step holds out others of the earlier ones.
+        step = " ".join(sorted({p.span.request_id for p in fit.forget}))
+        self.fit, self.round, self.drawn = fit, 1, random.Random(f"{fit.seed} short context {step}")
+        up, low = risen(fit, fit.earlier)
+        self.again = up
+        self.known = {**ceilings(fit, fit.forget, self.drawn), **ceilings(fit, up, self.drawn)}
+        self.sunk, self.out = dict.fromkeys(self.known, 0), {p.span.request_id for p in fit.earlier}
+        self.recited, self.other = fit.anchor.split()
+        # A draw bounds the cost of a long history; what rises among the others is seen at the end of a round.
+        self.low = drawn_evenly(low, fit.settings.replay_pool, self.drawn)
+        self.before = log_odds_of(fit, self.low)
 
     def begin(self, trace: Trace) -> None:
         """Look, at the beginning of a further round, at what is left above the target.
@@ -264,45 +287,49 @@ class _Pushed:
             return
         self.round = trace.rounds
         for p in reached(self.fit, [p for p in trace.left if p in self.known], self.known):
-            self.known[p] = self.known[p] - DEEPER
+            self._sink(p)
         new = [p for p in trace.left if p not in self.known]
-        self.known |= ceilings(self.fit, new, self.random_)
+        self.known |= ceilings(self.fit, new, self.drawn)
         self.again += new
 
-
-def prepare(fit: Fit) -> Backward:
-    """L of this step's tokens and of earlier ones above the target, of others that they stay, + λ·KL to what is kept.
-
-    Where there is no retain text and the model recites nothing else, nothing is held to.
-    """
-    settings = fit.settings
-    # The step's own requests are in the seed, so that each step holds out others of the earlier ones.
-    step = " ".join(sorted({p.span.request_id for p in fit.forget}))
-    drawn = random.Random(f"{fit.seed} short context {step}")
-    up, low = risen(fit, fit.earlier)
-    pushed = _Pushed(fit, up, drawn)
-    recited, other = fit.anchor.split()
-    # A draw bounds the cost of a long history; what rises among the others is seen at the end of a round.
-    low = drawn_evenly(low, settings.replay_pool, drawn)
-    before = log_odds_of(fit, low)
-
-    def backward(passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
-        pushed.begin(trace)
-        loss = 0.0
-        again = random_.sample(pushed.again, min(len(passages), len(pushed.again)))
+    def __call__(self, passages: Sequence[Passage], random_: random.Random, trace: Trace) -> float:
+        """The loss of an iteration; see `pipeline.fit.Backward`."""
+        self.begin(trace)
+        loss, settings = 0.0, self.fit.settings
+        again = random_.sample(self.again, min(len(passages), len(self.again)))
         if again:
-            loss += backward_gap(fit, again, pushed.known, trace)
-        free = [p for p in low if p not in pushed.known]
-        still = random_.sample(free, min(settings.anchor_passages, len(free)))
+            # Not the near-copies among this step's own requests, which are pushed where they stay above the target.
+            trace.again |= self.out.intersection(p.span.request_id for p in again)
+            loss += backward_gap(self.fit, again, self.known, trace)
+        free = [p for p in self.low if p not in self.known]
+        still = random_.sample(free, min(settings.recited_passages, len(free)))
         if still:
-            loss += backward_gap(fit, still, before, trace, raised=1.0)
-        loss += backward_held(fit, recited, other, random_, trace)
+            loss += backward_gap(self.fit, still, self.before, trace, raised=1.0)
+        loss += backward_held(self.fit, self.recited, self.other, random_, trace)
         # Last, for what it leaves in the trace: a fit goes on while this step's own tokens are above where they belong.
-        return loss + backward_gap(fit, passages, pushed.known, trace)
+        return loss + backward_gap(self.fit, passages, self.known, trace)
 
-    return backward
+    def state(self) -> Numbers | None:
+        """How often each ceiling sank. None from when a text came back during the fit: the ceilings that it got then
+        are known from nothing else, and to write them down would be to write down its text."""
+        if len(self.known) > len(self.sunk):
+            return None
+        return {"sunk": list(self.sunk.values()), "round": self.round, "drawn": random_state(self.drawn)}
+
+    def set_state(self, numbers: Numbers) -> None:
+        """The inverse of `state`."""
+        for p, times in zip(self.sunk, numbers["sunk"], strict=True):
+            for _ in range(times):
+                self._sink(p)
+        self.round = numbers["round"]
+        set_random_state(self.drawn, numbers["drawn"])
+
+    def _sink(self, passage: Passage) -> None:
+        self.known[passage] = self.known[passage] - DEEPER
+        if passage in self.sunk:
+            self.sunk[passage] += 1
 
 
 SHORT_CONTEXT = Method(
-    "short-context", "Short context (ours)", "pipeline/methods/short_context.py", prepare, stops=True
+    "short-context", "Short context (ours)", "pipeline/methods/short_context.py", ShortContext, stops=True
 )

@@ -55,8 +55,8 @@ def prepare(fit: Fit) -> Backward:
 
 _SOURCE = "Dou et al. 2406.10952, eq. 4"
 
-SSU = Method("ssu", "SSU, anchored and repaired", _SOURCE, prepare, negated=True)
-PAPER = Method("ssu-paper", "SSU (paper)", _SOURCE, prepare, negated=True)
-NO_MASK = Method("ssu-no-mask", "SSU without mask", _SOURCE, prepare, negated=True)
-NO_RANDOM_LABELS = Method("ssu-no-random-labels", "SSU without random labels", _SOURCE, prepare, negated=True)
-TV = Method("tv", "Task vector", "Ilharco et al. 2212.04089, section 4", prepare, negated=True)
+SSU = Method("ssu", "SSU, anchored and repaired", _SOURCE, prepare)
+PAPER = Method("ssu-paper", "SSU (paper)", _SOURCE, prepare)
+NO_MASK = Method("ssu-no-mask", "SSU without mask", _SOURCE, prepare)
+NO_RANDOM_LABELS = Method("ssu-no-random-labels", "SSU without random labels", _SOURCE, prepare)
+TV = Method("tv", "Task vector", "Ilharco et al. 2212.04089, section 4", prepare)

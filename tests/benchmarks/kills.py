@@ -310,12 +310,13 @@ def survive(start: Path, work: Path, moment: Moment, whole: Undisturbed, again: 
 # --- workspaces -----------------------------------------------------------------------------------------------
 
 
-def prepare(folder: Path, model: Path, seed: int) -> None:
+def prepare(folder: Path, model: Path, seed: int, method: str) -> None:
     """Make a folder with a workspace at v1, and the batch of the run that is killed."""
     from tests.workspaces import WORKS, near_copy, new_workspace, step, take_in, with_settings, write_batch
 
     folder.mkdir()
-    workspace = new_workspace(folder / "ws", model, with_settings(runtime={"seed": seed}))
+    settings = with_settings(runtime={"seed": seed, "note_s": 0.0}, unlearn={"method": method})
+    workspace = new_workspace(folder / "ws", model, settings)
     take_in(workspace, "batch-1", {"A": WORKS["one"], "B": near_copy(WORKS["one"]), "C": WORKS["three"]})
     done = step(workspace)
     if done is None or done.outcome != "published":
@@ -323,7 +324,7 @@ def prepare(folder: Path, model: Path, seed: int) -> None:
     write_batch(folder, "batch-2", {"D": WORKS["two"], "E": WORKS["one"]})
 
 
-def harness(work: Path, moments: int, seeds: Sequence[int], tell: Callable[[str], None]) -> list[Tree]:
+def harness(work: Path, moments: int, seeds: Sequence[int], method: str, tell: Callable[[str], None]) -> list[Tree]:
     """All moments of all seeds, evenly; needs a Prefect server in ``PREFECT_API_URL``."""
     import torch
 
@@ -335,7 +336,7 @@ def harness(work: Path, moments: int, seeds: Sequence[int], tell: Callable[[str]
     found = list[Tree]()
     for place, seed in enumerate(seeds):
         start = work / f"start-{seed}"
-        apart(lambda start=start, seed=seed: prepare(start, work / "model", seed))  # type: ignore[misc]
+        apart(lambda start=start, seed=seed: prepare(start, work / "model", seed, method))  # type: ignore[misc]
         if threading.active_count() > 1:
             raise ValueError("other threads run here, and a forked process would lack them")
         whole = undisturbed(start, work)
@@ -368,6 +369,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--moments", type=int, default=200, help="runs that are killed (default 200)")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the runs (default 0,1,2)")
+    parser.add_argument("--method", default="ssu", help="unlearn.method of the runs (default ssu)")
     parser.add_argument("--port", type=int, default=4290, help="of the Prefect server on 127.0.0.1 (default 4290)")
     parser.add_argument("--json", type=Path, help="also write what was found here")
     return parser.parse_args(arguments)
@@ -386,7 +388,9 @@ def main(arguments: list[str] | None = None) -> None:
         with own_server(work, options.port) as (api_url, _):
             os.environ["PREFECT_API_URL"] = api_url
             seeds = [int(seed) for seed in options.seeds.split(",")]
-            rows = harness(work, options.moments, seeds, lambda text: print(text, file=sys.stderr, flush=True))
+            rows = harness(
+                work, options.moments, seeds, options.method, lambda text: print(text, file=sys.stderr, flush=True)
+            )
     killed = sum(r["killed"] for r in rows)
     Console(width=160).print(shown(rows), f"\n{killed} processes killed in {len(rows)} runs, seeds {options.seeds}")
     if options.json:
