@@ -7,7 +7,7 @@ prompt, or another decoding for another model.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -34,7 +34,6 @@ def score_texts(
     texts: Mapping[str, Sequence[Passage]],
     generate_passages: int,
     max_tokens: int,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, TextScore]:
     """Score texts by their passages; texts without passages (too short to prompt) are left out.
 
@@ -44,7 +43,6 @@ def score_texts(
         texts: Name → passages.
         generate_passages: Passages per text to continue greedily; 0 leaves ROUGE and the run empty.
         max_tokens: Most tokens in a forward pass.
-        progress: Called with the number of passages done.
 
     Returns:
         Name → score, in the order given.
@@ -52,11 +50,9 @@ def score_texts(
     texts = {name: passages for name, passages in texts.items() if passages}
     flat = [p for passages in texts.values() for p in passages]
     scores = iter(score_passages(model, flat, pad_id(tokenizer), max_tokens))
-    progress(len(flat))
     picked = {name: spread(passages, generate_passages) for name, passages in texts.items()}
     prompts = [p for passages in picked.values() for p in passages]
     answers = iter(generate(model, tokenizer, prompts, max_tokens) if prompts else [])
-    progress(len(prompts))
     result = {}
     for name, passages in texts.items():
         teacher = [next(scores) for _ in passages]

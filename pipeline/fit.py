@@ -55,6 +55,9 @@ class Trace:
     again: set[str] = field(default_factory=set)
 
 
+NOTED = ("losses", "tokens", "begun", "rounds", "above")
+"""Of a trace, what is noted as it is; ``left`` is asked for again where it is needed."""
+
 REACHED = 0.15
 """Mean nats above where a method wants its tokens up to which a passage counts as being there."""
 
@@ -135,7 +138,7 @@ class Descent:
     parameters: Mapping[str, torch.Tensor]
     random_: random.Random
     trace: Trace
-    backward: object = None
+    backward: Backward | None = None
 
     def take_up(self, halfway: Halfway) -> tuple[int, Numbers]:
         """Put everything where the newest note has it; the iterations that it spares, and its numbers."""
@@ -145,10 +148,9 @@ class Descent:
         iterations, tensors, numbers = found
         set_adam_state(self.optimiser, self.parameters, tensors)
         set_random_state(self.random_, numbers["random"])
-        done = numbers["trace"]
-        self.trace.losses[:], self.trace.again = done["losses"], set(done["again"])
-        for name in ("tokens", "begun", "rounds", "above"):
-            setattr(self.trace, name, done[name])
+        for name in NOTED:
+            setattr(self.trace, name, numbers["trace"][name])
+        self.trace.again = set(numbers["again"])
         if isinstance(self.backward, Remembers):
             self.backward.set_state(numbers["loss"])
         halfway.tell("taken-up", iterations=iterations)
@@ -158,10 +160,12 @@ class Descent:
         """Note it, where the last note is old enough."""
 
         def state() -> tuple[Tensors, Numbers] | None:
-            gathered = self.backward.state() if isinstance(self.backward, Remembers) else {}
-            trace = {**vars(self.trace), "again": sorted(self.trace.again), "left": None}
-            noted = {**numbers, "random": random_state(self.random_), "trace": trace, "loss": gathered}
-            return None if gathered is None else (adam_state(self.optimiser, self.parameters), noted)
+            gathered: Numbers | None = self.backward.state() if isinstance(self.backward, Remembers) else {}
+            if gathered is None:
+                return None
+            trace = {name: getattr(self.trace, name) for name in NOTED}
+            own = {"random": random_state(self.random_), "trace": trace, "again": sorted(self.trace.again)}
+            return adam_state(self.optimiser, self.parameters), {**numbers, **own, "loss": gathered}
 
         halfway.note(iterations, state)
 

@@ -192,6 +192,7 @@ def read_events(path: Path) -> list[dict[str, object]]:
 
 
 ENDS = ("stage-begun", "stage-ended")
+"""Events around a stage; one that failed or was killed has only the first."""
 
 
 def stage_seconds(events: list[dict[str, object]]) -> dict[str, float]:

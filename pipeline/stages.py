@@ -244,32 +244,22 @@ def saliency(workspace_root: str, run_id: str) -> MaskReport:
     return run.stage("saliency", MaskReport, (screened,), compute)
 
 
-def _halfway(run: Run, stage: str, after: Record) -> Halfway:
-    """Where it is noted how far a long stage has come, which follows a certain record.
+def _workbench(run: Run, stage: str, after: Record) -> Workbench:
+    """The workbench of a run whose mask is known, for a long stage that follows a certain record.
 
-    A note counts only while all is as it was that is looked up anew when a run goes on: holds, withdrawals, erasures,
-    and what v0 says.
+    What is noted of how far the stage has come counts only while all is as it was that is looked up anew when a run
+    goes on: holds, withdrawals, erasures, and what v0 says.
     """
-    spans = {**forget_spans(run), **earlier_spans(run), **reinstated_spans(run)}
-    found = reference(str(run.workspace.root), run.run_id)
-    key = [
-        run.run_id, stage, after.model_dump(mode="json"), found.model_dump(mode="json"), sorted(held_texts(run)),
-        {name: [span.model_dump() for span in of] for name, of in spans.items()},
-    ]  # fmt: skip
-    note_s = run.workspace.settings().runtime.note_s
-    return Halfway(run.folder, stage, digest_json(key), note_s, partial(report, run.workspace, run.run_id, stage=stage))
-
-
-def _workbench(run: Run, stage: str, halfway: Halfway) -> Workbench:
-    """The workbench of a run whose mask is known."""
     model, tokenizer = start_model(run)
     vault, settings = open_vault(run.workspace), run.settings
-    forget = passages_at(tokenizer, vault, forget_spans(run))
+    spans, earlier, reinstated = forget_spans(run), earlier_spans(run), reinstated_spans(run)
+    on_hold = held_texts(run)
+    forget = passages_at(tokenizer, vault, spans)
     found, anchor = reference(str(run.workspace.root), run.run_id), NO_ANCHOR
     if found.anchor is not None:
         excluded = {e.document.removeprefix("retain/") for e in run.finished("dedupe", DedupeReport).retain_excluded}
         anchor = load_anchor(run.workspace.root / found.folder, found.anchor).without(excluded)
-    back = flatten(passages_at(tokenizer, vault, reinstated_spans(run)))
+    back = flatten(passages_at(tokenizer, vault, reinstated))
     put_back = build_anchor(
         model, [Passage(p.span, p.ids, 1) for p in back], settings.unlearn.anchor_top_k, pad_id(tokenizer),
         settings.runtime.batch_tokens,
@@ -277,12 +267,23 @@ def _workbench(run: Run, stage: str, halfway: Halfway) -> Workbench:
     texts = StepTexts(
         forget=forget,
         trained=[p for name in trained_spans(run) for p in forget[name]],
-        earlier=passages_at(tokenizer, vault, earlier_spans(run)),
+        earlier=passages_at(tokenizer, vault, earlier),
         anchor=anchor,
         put_back=put_back,
         held_out=flatten(reference_passages(tokenizer, read_texts(run.workspace, "heldout"), "heldout", settings)),
-        on_hold=held_texts(run),
+        on_hold=on_hold,
     )
+    looked_up = [
+        [after.model_dump(mode="json"), found.model_dump(mode="json"), sorted(on_hold)],
+        [
+            {name: [span.model_dump() for span in of] for name, of in part.items()}
+            for part in (spans, earlier, reinstated)
+        ],
+    ]
+    halfway = Halfway(
+        run.folder, stage, digest_json([run.run_id, stage, looked_up]), run.workspace.settings().runtime.note_s,
+        partial(report, run.workspace, run.run_id, stage=stage),
+    )  # fmt: skip
     return Workbench(
         model, load_mask(run.folder, run.finished("saliency", MaskReport).mask), texts, found.level, settings,
         pad_id(tokenizer), lambda iteration, of, loss: tell(stage, iteration, of, f"loss {loss:.3f}"), halfway,
@@ -317,15 +318,14 @@ def unlearn(workspace_root: str, run_id: str) -> Step:
     """Fit the task vector by the method of the settings, and find the strength of its negation."""
     run = open_run(workspace_root, run_id)
     masked = run.finished("saliency", MaskReport)
-    halfway = _halfway(run, "unlearn", masked)
 
     def compute() -> Step:
         _require(run, "unlearn", masked.selected)
-        bench = _workbench(run, "unlearn", halfway)
+        bench = _workbench(run, "unlearn", masked)
         return _kept(run, bench.fitted(), bench.target, "vector")
 
     done = run.stage("unlearn", Step, (masked,), compute)
-    halfway.clear()
+    Halfway(run.folder, "unlearn").clear()
     return done
 
 
@@ -336,18 +336,17 @@ def repair_stage(workspace_root: str, run_id: str) -> Step:
     """
     run = open_run(workspace_root, run_id)
     fitted = run.finished("unlearn", Step)
-    halfway = _halfway(run, "repair", fitted)
 
     def compute() -> Step:
         _require(run, "repair", run.finished("saliency", MaskReport).selected)
-        bench = _workbench(run, "repair", halfway)
+        bench = _workbench(run, "repair", fitted)
         if not bench.has_repair:
             return fitted
         tau = load_vector(run.folder, fitted.vector.vector)
         return _kept(run, bench.repaired(tau, fitted.calibration.alpha), bench.target, "repaired")
 
     done = run.stage("repair", Step, (fitted,), compute)
-    halfway.clear()
+    Halfway(run.folder, "repair").clear()
     return done
 
 
@@ -437,7 +436,7 @@ def evaluate(workspace_root: str, run_id: str) -> Evaluation:
                     of, name = (*inputs, Measured(names=tuple(piece))), f"scored/{side}-{kind}-{start}"
                     measured = run.stage(name, TextScores, of, partial(measure, model, piece, generated)).scores
                     # In the order of the texts: a record that is read again has its names in another.
-                    scores |= {name: measured[name] for name in piece if name in measured}
+                    scores |= {text: measured[text] for text in piece if text in measured}
                     count.add(len(flatten(piece)))
             return scores
 

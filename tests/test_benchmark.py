@@ -426,6 +426,9 @@ def test_all_problems_of_the_settings_are_told(tmp_path: Path) -> None:
         path.write_text(wrong)
         with pytest.raises(InvalidInput):
             read_overrides(path, ("ga",))
+    path.write_text("[methods.ssu.unlearn]\nrounds = 2\n")
+    with pytest.raises(InvalidInput, match="ssu descends towards the text"):
+        read_overrides(path, ("ga", "ssu"))
 
 
 def test_the_released_code_is_a_row(

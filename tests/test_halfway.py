@@ -173,7 +173,7 @@ def test_notes_hold_nothing_from_which_a_text_can_be_read(
     with pytest.raises(Killed):
         descend(replace(fit, halfway=Halfway(tmp_path, "unlearn", "key", 0.0), progress=dying_after(8)))
     note = json.loads((tmp_path / "unlearn-halfway.json").read_text())
-    assert note["numbers"].keys() == {"random", "trace", "loss", "iteration"}
+    assert note["numbers"].keys() == {"random", "trace", "again", "loss", "iteration"}
     assert note["numbers"]["loss"].keys() == {"sunk", "round", "drawn"}
     (path,) = tmp_path.glob("*.safetensors")
     with safe_open(path, framework="pt") as file:

@@ -684,7 +684,7 @@ def test_a_note_counts_only_while_holds_and_withdrawals_stand_still(fresh: Works
 
     def key() -> str:
         run = open_run(fresh.root, run_id)
-        return stages._halfway(run, "unlearn", run.finished("saliency", MaskReport)).key
+        return stages._workbench(run, "unlearn", run.finished("saliency", MaskReport)).fit.halfway.key
 
     first = key()
     assert key() == first

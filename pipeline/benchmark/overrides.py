@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from pipeline.benchmark.records import FIXED
 from pipeline.errors import InvalidInput, Problem
 from pipeline.method_defaults import METHOD_DEFAULTS
-from pipeline.settings import Settings
+from pipeline.settings import ASKED, Settings
 
 AS_RELEASED = "ssu-as-released"
 """The one row that no settings of a takedown can name: see `pipeline.methods.ssu_as_released`."""
@@ -64,7 +64,7 @@ class Overrides:
         for name, section in self.own.get(row, {}).items():
             tree[name] = {**tree.get(name, {}), **section}
         tree["runtime"] = {**tree.get("runtime", {}), "seed": seed}
-        return Settings.model_validate(tree)
+        return Settings.model_validate(tree, context=ASKED)
 
 
 def read_overrides(path: Path | None, rows: Sequence[str]) -> Overrides:

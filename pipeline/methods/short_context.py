@@ -190,11 +190,14 @@ def drawn_evenly(passages: Sequence[Passage], count: int, random_: random.Random
     return rows[:count]
 
 
-def gaps(predictions: Predictions, rows: Sequence[int], of: Sequence[Passage], known: Ceilings) -> torch.Tensor:
-    """How far the log-odds of all scored tokens of a batch are above what is wanted, in nats, (N,) float32."""
+def gaps(
+    predictions: Predictions, rows: Sequence[int], of: Sequence[Passage], known: Ceilings
+) -> tuple[torch.Tensor, ...]:
+    """How far the log-odds of each passage's tokens are above what is wanted, in nats, (P,) float32 for each row."""
     logits, true, scored = predictions
-    wanted = torch.cat([known[of[i]] for i in rows]).to(logits.device)
-    return log_odds(logits[scored], true[scored]) - wanted
+    wanted = [known[of[i]] for i in rows]
+    found = log_odds(logits[scored], true[scored]) - torch.cat(wanted).to(logits.device)
+    return torch.split(found, [len(w) for w in wanted])
 
 
 def backward_gap(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: Trace, raised: float = RAISED) -> float:
@@ -206,12 +209,12 @@ def backward_gap(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: 
     tokens, trace.above = sum(len(p.continuation) for p in passages), 0.0
 
     def share_of(predictions: Predictions, rows: Sequence[int]) -> torch.Tensor:
-        found = gaps(predictions, rows, passages, known)
-        parts = torch.split(found, [len(passages[i].continuation) for i in rows])
-        means = [float(gap.detach().mean()) for gap in parts]
-        trace.above += sum(max(0.0, mean) * len(gap) for mean, gap in zip(means, parts, strict=True)) / tokens
-        below = [(1.0 if mean < 0 else raised) * gap.clamp_max(0).sum() for mean, gap in zip(means, parts, strict=True)]
-        return (found.clamp_min(0).sum() - torch.stack(below).sum()) / tokens
+        losses = []
+        for gap in gaps(predictions, rows, passages, known):
+            total = float(gap.detach().sum())
+            trace.above += max(0.0, total) / tokens
+            losses.append(gap.clamp_min(0).sum() - (1.0 if total < 0 else raised) * gap.clamp_max(0).sum())
+        return torch.stack(losses).sum() / tokens
 
     return backward_sum(fit, passages, share_of, trace)
 
@@ -221,9 +224,8 @@ def reached(fit: Fit, passages: Sequence[Passage], known: Ceilings) -> list[Pass
     found = []
     with torch.inference_mode():
         for batch in batches(passages, fit.max_tokens, fit.pad_id, device_of(fit)):
-            above = gaps(predict(fit.model, batch), batch.rows, passages, known)
-            parts = torch.split(above, [len(passages[i].continuation) for i in batch.rows])
-            found += [passages[i] for i, part in zip(batch.rows, parts, strict=True) if part.mean() <= REACHED]
+            parts = gaps(predict(fit.model, batch), batch.rows, passages, known)
+            found += [passages[i] for i, gap in zip(batch.rows, parts, strict=True) if gap.mean() <= REACHED]
     return found
 
 
