@@ -61,6 +61,8 @@ def erase(context: typer.Context, request: str, reason: Reason, actor: Actor, as
         return
     say(f"{state.request_id}: {state_words(state)}. Backups may hold it still; `takedown rekey` and the end of the old "
         "master key make them useless.")  # fmt: skip
+    say("Not reached, for it lies outside the workspace: guards, copies of the index in Redis, exported registers. "
+        "Make them again, or delete them.")  # fmt: skip
 
 
 @guarding.command("export")

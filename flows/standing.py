@@ -17,7 +17,7 @@ from flows.terminal import TIME, Json, checked_entries, opened, out, say, show_j
 from pipeline.clocks import Standing, standing
 from pipeline.display import plain, plural
 from pipeline.records import LedgerEntry
-from pipeline.states import AWAITING, TAKEN_OUT, RequestState, current_version, let_go_and_out, request_states
+from pipeline.states import AWAITING, TAKEN_OUT, RequestState, current_version, let_go_and_out, sound
 from pipeline.workspace import Workspace
 
 verbs = typer.Typer(rich_markup_mode=None)
@@ -39,11 +39,12 @@ def status(
     """
     workspace = opened(context)
     entries = checked_entries(workspace)
-    states, current = request_states(entries), current_version(entries)
-    held = held_runs(workspace, entries)
+    current = current_version(entries)
     settings = settings_with_clocks(workspace) if fail_overdue else settings_if_readable(workspace)
     now = told_present(entries)
     found = standing(entries, settings, now)
+    states = sound(found.states, found.faults)
+    held = held_runs(workspace, entries)
     if as_json:
         counts = Counter(s.state for s in states.values())
         queue = [name for name, s in states.items() if s.to_do]

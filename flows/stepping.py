@@ -248,4 +248,5 @@ def show_step(workspace: Workspace, view: Any) -> None:
         say(f"No new version was needed; v{view.parent} stays current.")
     else:
         what = "nothing was put back" if view.left_out else "the requests keep waiting"
-        say(f"v{view.parent} stays current; {what}. Change takedown.toml and run again.")
+        say(f"v{view.parent} stays current; {what}. The same again would give the same: change takedown.toml or a")
+        say("reference text, or submit further requests, and run again.")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
-from pipeline.losses import bucketed_kl, predict
+from pipeline.losses import bucketed_kl, predict, sum_nll
 from pipeline.passages import Passage, batches, encode, passages_of
 from pipeline.records import FileRef, PassageSpan
 from pipeline.settings import PassageSettings
@@ -118,8 +118,14 @@ def build_anchor(model: nn.Module, passages: Sequence[Passage], k: int, pad_id: 
     return Anchor(passages, top_ids, top_logprobs)
 
 
-def anchor_loss(model: nn.Module, anchor: Anchor, pad_id: int, max_tokens: int, weight: float) -> float:
-    """Backpropagate weight · mean over positions of KL(v0 ‖ θ); returns the loss, gradients are left in place."""
+def anchor_loss(
+    model: nn.Module, anchor: Anchor, pad_id: int, max_tokens: int, weight: float, truth: float = 0.0
+) -> float:
+    """Backpropagate weight · mean over positions of KL(v0 ‖ θ) + truth · -log p_θ(true token).
+
+    Returns:
+        The loss; gradients are left in place.
+    """
     device = next(model.parameters()).device
     positions = sum(len(t) for t in anchor.top_ids)
     total = 0.0
@@ -127,8 +133,10 @@ def anchor_loss(model: nn.Module, anchor: Anchor, pad_id: int, max_tokens: int, 
         predictions = predict(model, batch)
         top_ids = torch.cat([anchor.top_ids[i] for i in batch.rows]).to(device)
         top_logprobs = torch.cat([anchor.top_logprobs[i] for i in batch.rows]).to(device)
-        kl = bucketed_kl(predictions.logits[predictions.scored], top_ids, top_logprobs).sum()
-        loss = kl * (weight / positions)
+        found = bucketed_kl(predictions.logits[predictions.scored], top_ids, top_logprobs).sum()
+        if truth:
+            found = found + truth * sum_nll(predictions)
+        loss = found * (weight / positions)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total

@@ -89,11 +89,15 @@ class Standing(NamedTuple):
         oldest: Of what the next run works on, what has been waiting longest; a hold in between does not make it
             younger. None where nothing waits.
         postdated: Requests that arrived, by what their batch says, after they were taken in; the ledger's time counts.
+        states: Where every request stands, in the order received.
+        faults: Entries that cannot follow what came before them, with the reason.
     """
 
     deadlines: tuple[Deadline, ...]
     oldest: Waiting | None
     postdated: tuple[str, ...]
+    states: dict[str, RequestState]
+    faults: tuple[tuple[LedgerEntry, str], ...]
 
     @property
     def overdue(self) -> tuple[Deadline, ...]:
@@ -118,9 +122,10 @@ def standing(entries: Iterable[LedgerEntry], settings: Settings, now: datetime) 
     basis: dict[str, object] = {}
     started: dict[str, dict[str, datetime]] = {}
     waits: dict[str, datetime] = {}
-    postdated = []
+    postdated, faults = [], []
     for entry, state in moves(entries):
         if isinstance(state, str):
+            faults.append((entry, state))
             continue
         name, at = state.request_id, entry.at
         if name not in last:
@@ -141,7 +146,8 @@ def standing(entries: Iterable[LedgerEntry], settings: Settings, now: datetime) 
         for name, since in started.items()
         for clock, at in since.items()
     ]
-    return Standing(tuple(sorted(found, key=lambda d: d.due)), _oldest(waiting, now), tuple(postdated))
+    deadlines = tuple(sorted(found, key=lambda d: d.due))
+    return Standing(deadlines, _oldest(waiting, now), tuple(postdated), last, tuple(faults))
 
 
 def overdue(workspace: Workspace, machine: datetime) -> tuple[Deadline, ...]:

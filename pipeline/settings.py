@@ -141,6 +141,9 @@ class UnlearnSettings(Section):
     anchor_weight: float = Field(8.0, ge=0)
     """λ of KL(v0 ‖ θ) on retain text, in the fit and in the repair; 0 is the paper's plain setting. The weight of the
     retain term of any other method."""
+    anchor_truth: float = Field(0.0, ge=0)
+    """ε, the weight beside that KL, under the same λ, of the cross-entropy of what the retain text really says: with KL
+    alone ordinary text becomes a little less likely with every step."""
     anchor_passages: int = Field(16, gt=0)
     """Retain passages per iteration."""
     anchor_pool: int = Field(256, gt=0)

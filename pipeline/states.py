@@ -115,7 +115,15 @@ def request_states(entries: Iterable[LedgerEntry]) -> dict[str, RequestState]:
     Raises:
         StoreDamaged: An event that cannot follow what came before it.
     """
-    states, faults = follow(entries)
+    return sound(*follow(entries))
+
+
+def sound(states: dict[str, RequestState], faults: Sequence[tuple[LedgerEntry, str]]) -> dict[str, RequestState]:
+    """The states, where there is no fault; see `follow`.
+
+    Raises:
+        StoreDamaged: There is one.
+    """
     if faults:
         entry, fault = faults[0]
         raise StoreDamaged(f"ledger entry {entry.seq}: {fault}. Run `takedown verify`.")

@@ -82,11 +82,13 @@ def backward_anchor(fit: Fit, pool: Anchor, random_: random.Random, trace: Trace
 
 
 def backward_kl(fit: Fit, part: Anchor, trace: Trace) -> float:
-    """λ · mean over positions of KL(reference ‖ θ); nothing is run where λ is 0 or there is no passage."""
-    if not fit.settings.anchor_weight or not part.passages:
+    """λ · mean over positions of KL(reference ‖ θ) - ε · log p_θ(true token), with ε = ``anchor_truth``; nothing is run
+    where λ is 0 or there is no passage."""
+    settings = fit.settings
+    if not settings.anchor_weight or not part.passages:
         return 0.0
     trace.tokens += sum(len(p.ids) for p in part.passages)
-    return anchor_loss(fit.model, part, fit.pad_id, fit.max_tokens, fit.settings.anchor_weight)
+    return anchor_loss(fit.model, part, fit.pad_id, fit.max_tokens, settings.anchor_weight, settings.anchor_truth)
 
 
 def backward_retain_ce(fit: Fit, pool: Sequence[Passage], random_: random.Random, trace: Trace) -> float:

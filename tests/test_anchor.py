@@ -104,16 +104,19 @@ def test_loss_is_zero_at_v0_and_the_mean_kl_elsewhere(dtype: str, load: LoadMode
     with torch.no_grad():
         for weight in weights.values():
             weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    expected, positions = 0.0, 0
+    expected, said, positions = 0.0, 0.0, 0
     for p in retained:
         now = _logprobs(model, p)
         expected += float((v0[p].exp() * (v0[p] - now)).sum())
+        said -= float(now.gather(-1, torch.tensor(p.ids[1:])[:, None]).sum())
         positions += len(p.ids) - 1
     # bfloat16 rounds the products of a padded batch and of a single row differently, by 2^-8 each.
     tolerance = {"float32": 1e-4, "bfloat16": 0.05}[dtype]
     found = anchor_loss(model, anchor, 0, 60, 8.0)
     assert found == pytest.approx(8.0 * expected / positions, rel=tolerance)
     assert found > 0.01 and all(w.grad is not None for w in weights.values())
+    both = anchor_loss(model, anchor, 0, 60, 8.0, truth=0.25)
+    assert both == pytest.approx(8.0 * (expected + 0.25 * said) / positions, rel=tolerance)
 
 
 def _logprobs(model: torch.nn.Module, p: Passage) -> torch.Tensor:

@@ -18,6 +18,7 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -725,13 +726,18 @@ def test_a_quick_look_checks_every_root_and_the_newest_signature(path: Path, tmp
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the rows that are parsed and hashed, in order."""
     seen: list[int] = []
-    check = ledger_module._read_row
 
-    def counting(row: Any) -> Any:
-        seen.append(row.seq)
-        return check(row)
+    def count(name: str) -> None:
+        parse = getattr(ledger_module, name)
 
-    monkeypatch.setattr(ledger_module, "_read_row", counting)
+        def counting(row: Any) -> Any:
+            seen.append(row.seq)
+            return parse(row)
+
+        monkeypatch.setattr(ledger_module, name, counting)
+
+    count("_read_row")
+    count("_entry_of")
     monkeypatch.setattr(ledger_module, "_newest", ledger_module._NOTHING)
     return seen
 
@@ -752,6 +758,67 @@ def test_a_row_is_parsed_once_in_a_process(path: Path, parsed: list[int]) -> Non
     assert parsed == [1, 2, 3, 4, 5]
     assert _check(path) == []
     assert parsed == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5], "`verify` trusts no earlier look"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.lists(st.dictionaries(st.text(), JSON, max_size=3), max_size=4))
+def test_what_is_signed_reads_as_what_is_checked(path: Path, data: list[dict[str, object]]) -> None:
+    """Rows whose root is signed are not looked at one by one; they give the same entries, kinds of numbers included."""
+    with Ledger.open(path) as ledger:
+        ledger.append(*(Event(kind="planned", actor="a", data=d) for d in data))
+    ledger_module._newest = ledger_module._NOTHING
+    quick = _entries(path)
+    ledger_module._newest = ledger_module._NOTHING
+    with mock.patch.object(ledger_module, "_check_signed", return_value=None):
+        slow = _entries(path)
+    assert quick == slow
+    assert repr(quick) == repr(slow)
+    assert [e.model_dump_json() for e in quick] == [e.model_dump_json() for e in slow]
+    assert [e.model_fields_set for e in quick] == [e.model_fields_set for e in slow]
+
+
+LOOSENED = (
+    "ALTER TABLE entries RENAME TO old",
+    "CREATE TABLE entries (seq, at, event, previous, digest)",
+    "INSERT INTO entries SELECT * FROM old",
+    "DROP TABLE old",
+)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE entries SET seq = 3.0 WHERE seq = 3",
+        "UPDATE entries SET seq = 1.0 WHERE seq = 1",
+        "INSERT INTO entries VALUES (9e999, 'a', '{}', 'p', 'd')",
+        "INSERT INTO entries VALUES (-9e999, 'a', '{}', 'p', 'd')",
+    ],
+)
+def test_a_number_that_is_only_equal_is_none(path: Path, statement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2.0 gives the same leaf as 2, so that the root holds; what is read and what is written on top must not."""
+    _tamper(path, *LOOSENED, statement)
+    monkeypatch.setattr(ledger_module, "_newest", ledger_module._NOTHING)
+    with pytest.raises(StoreDamaged):
+        _entries(path)
+    with pytest.raises(StoreDamaged), Ledger.open(path) as ledger:
+        ledger.append(_received("x"))
+
+
+@pytest.mark.parametrize("at", ["2026-11-24", "2026-11-23T10:00:00.000000+01:00", "9999-12-31T23:59:59.999999-23:00"])
+def test_a_signed_time_in_another_form_is_refused(path: Path, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the owner of the key signed it: what reads it would not know when that is."""
+    text = canonical_json(_received("x").model_dump(mode="json")).decode()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        rows = connection.execute("SELECT seq, at, event, previous, digest FROM entries ORDER BY seq").fetchall()
+        leaf = ledger_module.leaf_data(5, at, text, rows[-1][4])
+        rows.append((5, at, text, rows[-1][4], f"sha256:{hashlib.sha256(leaf).hexdigest()}"))
+        connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", rows[-1])
+        root = ledger_module.root_of_hashes([ledger_module.leaf_hash(ledger_module.leaf_data(*r[:4])) for r in rows])
+        note = sign_note(checkpoint_text(Checkpoint(ORIGIN, 5, root)), ORIGIN, load_log_key(path.parent / "keys"))
+        connection.execute("INSERT INTO checkpoints VALUES (5, ?)", (note,))
+    monkeypatch.setattr(ledger_module, "_newest", ledger_module._NOTHING)
+    with pytest.raises(StoreDamaged, match="time"):
+        _entries(path)
 
 
 def test_only_what_another_process_added_is_parsed(path: Path, tmp_path: Path, parsed: list[int]) -> None:

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_model")
 OURS = with_settings(
     unlearn={
         "method": "short-context", "recited_openings": 600, "iterations": 40, "learning_rate": 2e-3,
+        "anchor_passages": 32, "anchor_truth": 0.0,
         "learning_rate_end": 0.1, "recited_passages": 8, "masked": False, "repair_iterations": 0, "rounds": 1,
     },
     gate={"forget_tolerance": 0.2, "kept_share": 0.3, "perplexity_rise": 1.0},

@@ -254,7 +254,7 @@ def test_it_forgets_to_the_ceiling_and_keeps_the_other_work(
     fit = replace(fit, target=level + 0.02, never_seen_nll=nll)
     before = exact_memorisation(score_passages(model, other, 0, 2000))
     vector, trace = task_vector(fit, everything(target_weights(model)).mask)
-    assert trace.losses[-1] < 0.35 * trace.losses[0]
+    assert trace.losses[-1] < 0.5 * trace.losses[0]  # a part of it is what retain text says, which stays
     with fit.salient:
         fit.salient.displace(vector, -1.0)
         after = exact_memorisation(score_passages(model, taken, 0, 2000))
@@ -264,11 +264,31 @@ def test_it_forgets_to_the_ceiling_and_keeps_the_other_work(
     assert abs(unlikely - nll) < 0.15 * nll  # neither a trace of having been seen, nor of having been taken out
 
 
+def test_words_of_retain_text_offset_its_drift_and_are_not_learned_by_heart(
+    memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
+) -> None:
+    """The least of KL + ε·CE is the mixture (v0 + ε·truth) / (1 + ε), in which every token has a share of v0's."""
+    model, _, (taken, _), prose_ = memory
+    weights, after = everything(target_weights(model)).mask, []
+    before = score_passages(model, prose_.passages, 0, 2000)
+    for truth in (0.0, 0.1):
+        fit = fit_of(model, taken, prose_, iterations=30, learning_rate=1e-3, anchor_truth=truth)
+        fit = replace(fit, never_seen_nll=mean_nll(before))
+        vector, _ = task_vector(fit, weights)
+        with fit.salient:
+            fit.salient.displace(vector, -1.0)
+            after.append(score_passages(model, prose_.passages, 0, 2000))
+    (without, held) = map(mean_nll, after)
+    assert mean_nll(before) < without and held < without - 0.05
+    assert exact_memorisation(after[1]) < exact_memorisation(before) + 0.1
+
+
 def test_what_has_come_back_is_pushed_like_what_is_new(
     memory: tuple[nn.Module, Any, list[list[Passage]], Anchor],
 ) -> None:
     model, _, (taken, other), anchor = memory
-    fit = replace(fit_of(model, taken, anchor, iterations=1, replay_pool=0), earlier=other, target=0.5)
+    fit = fit_of(model, taken, anchor, iterations=1, replay_pool=0, anchor_truth=0.0)
+    fit = replace(fit, earlier=other, target=0.5)
     assert risen(fit, other) == (other, []) and risen(replace(fit, target=1.0), other) == ([], other)
     weights = everything(target_weights(model)).mask
     _, watched = task_vector(fit, weights)
@@ -369,7 +389,7 @@ def test_recited_and_other_retain_text_is_drawn_apart(
     assert [p.span.request_id for p in recited.passages] == ["6", "10"]
     assert [p.span.request_id for p in rest.passages] == ["5"]
     held = build_anchor(model, [Passage(p.span, p.ids, 1) for p in other], 16, 0, 1000)
-    fit, trace = fit_of(model, other, NO_ANCHOR), Trace()
+    fit, trace = fit_of(model, other, NO_ANCHOR, anchor_truth=0.0), Trace()
     # Eight of both kinds; the model is v0 itself, so that nothing pulls.
     with gradients(fit):
         assert backward_held(fit, held, prose_, random.Random(1), trace) == pytest.approx(0.0, abs=1e-4)

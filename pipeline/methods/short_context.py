@@ -8,7 +8,7 @@ few words, raised to the power that makes it as unlikely as never-seen text is o
     q_t = mean over beginnings z of p_parent(y_t | z, y_{t-c} … y_{t-1})
     κ = NLL of never-seen text / mean over t of -log q_t,  within [1, MOST]
     d_t = logit p_θ(y_t | x, y_<t) - logit q_t^κ
-    L = mean over t of [d_t]_+ + w·[-d_t]_+  +  λ·KL(v0 ‖ θ) on retain text
+    L = mean over t of [d_t]_+ + w·[-d_t]_+  +  λ·(KL(v0 ‖ θ) + ε·CE(θ)) on retain text
     w = RAISED while the passage's mean d_t is above 0, else 1
 
 Log-odds, so that every token is pushed with the same force, however well it is memorised (the gradient of log p fades
@@ -16,6 +16,10 @@ as p nears 1, that of 1 - p as p nears 0), and each to a place of its own: what 
 text is pulled back, since a text that is too unlikely tells that it was taken out, too. A power rather than a factor,
 so that what is unlikely anyway becomes more so, as in never-seen text: there the least likely tokens are what
 membership attacks look at (Min-K%, Shi et al., arXiv 2310.16789).
+
+The cross-entropy CE of what retain text really says is there because with KL alone the drift that is left counts
+against it, a little more with each step. Both together are least at the mixture (v0 + ε·truth) / (1 + ε): with ε = .05
+nothing is learned by heart from it, however many steps there are.
 
 Requests of earlier takedowns that are above the target, or come to be while this one is worked on, are pushed like new
 ones. Of the others some passages are held in the same way to the log-odds that the parent gives their tokens: neither
@@ -241,8 +245,8 @@ def log_odds_of(fit: Fit, passages: Sequence[Passage]) -> dict[Passage, torch.Te
 
 
 def backward_held(fit: Fit, recited: Anchor, other: Anchor, random_: random.Random, trace: Trace) -> float:
-    """λ · KL(v0 ‖ θ) on some passages that v0 recites, some others, and, against the parent, some of texts that are put
-    back.
+    """λ·(KL(v0 ‖ θ) + ε·CE) on some passages that v0 recites, some others, and, against the parent, some of texts that
+    are put back.
 
     Drawn apart, because unlearning one memorised text first loses others that are memorised, which ordinary text does
     not show.
