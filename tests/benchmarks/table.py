@@ -21,20 +21,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.benchmark import summary
 from pipeline.benchmark.records import AS_IT_IS, FIXED, UNDER_ATTACK, Results, Row
-from pipeline.benchmark.summary import (
-    Reading,
-    Spread,
-    last_step,
-    over_seeds,
-    over_vanilla,
-    privleak_reading,
-    score,
-    spread_of,
-    taken_down,
-    title_of,
-    under_attack,
-)
+from pipeline.benchmark.summary import Reading, Spread, score
 from pipeline.methods import METHODS
 
 HALF_WAY = 5
@@ -110,7 +99,7 @@ def lines_of(results: Results) -> list[Line]:
     """All rows of the table."""
 
     def last(read: Reading) -> Callable[[str], Spread | None]:
-        return lambda method: over_seeds(results, method, last_step(results, method), read)
+        return lambda method: summary.over_seeds(results, method, summary.last_step(results, method), read)
 
     def each_step(read: Reading) -> Callable[[str], Spread | None]:
         def mean(method: str) -> Spread | None:
@@ -118,7 +107,7 @@ def lines_of(results: Results) -> list[Line]:
             for row in results.rows:
                 if row.method == method and (value := read(row)) is not None:
                     found.setdefault(row.seed, []).append(value)
-            return spread_of(statistics.fmean(values) for values in found.values())
+            return summary.spread_of(statistics.fmean(values) for values in found.values())
 
         return mean
 
@@ -129,27 +118,35 @@ def lines_of(results: Results) -> list[Line]:
         return lambda row: row.membership.get(attack)
 
     def attacked(attack: str) -> Callable[[str], Spread | None]:
-        return lambda method: under_attack(results, method, attack, "exact_memorisation")
+        return lambda method: summary.under_attack(results, method, attack, "exact_memorisation")
 
     def later(method: str) -> Spread | None:
-        return over_seeds(results, method, half, score("later", "exact_memorisation"))
+        return summary.over_seeds(results, method, half, score("later", "exact_memorisation"))
+
+    def privleak(row: Row) -> float | None:
+        return summary.privleak_reading(results)(row) if results.reference else None
 
     half = min(HALF_WAY, len(results.steps))
-    lines = [
+    return [
         Line("EM of this step", last(score("this", "exact_memorisation"))),
-        Line("of all earlier steps", last(score("earlier", "exact_memorisation"))),
-        Line("of never-seen text", last(score("unseen", "exact_memorisation"))),
-        Line("of kept passages, never listed anywhere", last(score("kept", "exact_memorisation"))),
+        Line("EM of all earlier steps", last(score("earlier", "exact_memorisation"))),
+        Line("EM of never-seen text", last(score("unseen", "exact_memorisation"))),
+        Line("EM of kept passages, never listed anywhere", last(score("kept", "exact_memorisation"))),
         Line("free recitation of kept passages, ROUGE-L", last(score("kept", "rouge_l"))),
         Line(f"EM of passages not taken down yet, after step {half}", later),
-        Line("held-out NLL, nats over the untouched model's", last(over_vanilla(results, "heldout", "nll")), signed),
+        Line(
+            "held-out NLL, nats over the untouched model's",
+            last(summary.over_vanilla(results, "heldout", "nll")),
+            signed,
+        ),
         Line("NLL of this step", last(score("this", "nll")), hundredths),
-        Line("of never-seen text", last(score("unseen", "nll")), hundredths),
+        Line("NLL of never-seen text", last(score("unseen", "nll")), hundredths),
         Line("longest verbatim run, mean words", last(score("this", "longest_run")), one),
-        Line("of never-seen text", last(score("unseen", "longest_run")), one),
+        Line("longest run of never-seen text", last(score("unseen", "longest_run")), one),
         Line("AUC of the loss against never-seen text (.5 is ideal)", last(auc("loss")), hundredths),
-        Line("of min-k", last(auc("min-k")), hundredths),
-        Line("EM of all steps: as it is", last(taken_down(results))),
+        Line("AUC of min-k", last(auc("min-k")), hundredths),
+        Line("PrivLeak against the retrained model", last(privleak), one),
+        Line("EM of all steps: as it is", last(summary.taken_down(results))),
         *(Line(f"– {attack}", attacked(attack)) for attack in UNDER_ATTACK if attack != AS_IT_IS),
         Line("share of the target weights that a step changes", each_step(changed), hundredths),
         Line("seconds of a step", each_step(lambda row: row.cost.seconds if row.cost else None), whole),
@@ -157,9 +154,6 @@ def lines_of(results: Results) -> list[Line]:
             "memory that a step adds, MB", each_step(lambda row: row.cost.rise_bytes / 1e6 if row.cost else None), whole
         ),
     ]
-    if results.reference:
-        lines.insert(13, Line("PrivLeak against the retrained model", last(privleak_reading(results)), one))
-    return lines
 
 
 def cell(found: Spread | None, shown: Callable[[float], str], fixed: bool) -> str:
@@ -177,7 +171,7 @@ def table_of(results: Results, methods: Sequence[str]) -> Table:
     table.add_column("", no_wrap=True)
     for method in methods:
         seeds = sorted({row.seed for row in results.rows if row.method == method})
-        head = f"{title_of(method, titles)}, step {last_step(results, method)}"
+        head = f"{summary.title_of(method, titles)}, step {summary.last_step(results, method)}"
         table.add_column(head if method in FIXED else f"{head}, seeds {', '.join(map(str, seeds))}")
     for line in lines_of(results):
         cells = [cell(line.read(method), line.shown, method in FIXED) for method in methods]
