@@ -14,6 +14,7 @@ the same, byte for byte; a row that differs is, and so is all that follows it.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -242,6 +243,18 @@ def _entry_of(row: _Row) -> LedgerEntry:
     )
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """While thousands of records are made that all stay, the collector would look through them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _known(rows: list[tuple[Any, ...]]) -> _Checked:
     """What was checked last, where these rows begin with the same."""
     known = _newest
@@ -272,7 +285,8 @@ def _check_signed(rows: list[tuple[Any, ...]], signed: Checkpoint) -> _Checked |
             previous = row.digest
         if (signed.size, signed.root) != (frontier.size, frontier.root()):
             return None
-        entries = [_entry_of(_Row(*row)) for row in fresh]
+        with _no_collection():
+            entries = [_entry_of(_Row(*row)) for row in fresh]
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return _remember(known.joined(fresh, entries, hashes, frontier))
