@@ -237,9 +237,13 @@ def report(workspace: str, audit: Audit) -> str:
     # For people; the report is written. And Prefect pickles what a task raises: a request with its API key, here.
     with suppress(HTTPError):
         create_markdown_artifact(
-            key="audit", markdown="\n".join([f"# {audit.sentence()}", "", *breaks, "", f"`{path}`"])
+            key="audit",
+            markdown="\n".join([f"# {audit.sentence()}", "", *breaks, "", f"`{path}`"]),
+            description="Every stored byte, every text and every deadline looked at again",
         )
-        create_table_artifact(key="audit-texts", table=rows)
+        create_table_artifact(
+            key="audit-texts", table=rows, description="Every text that is out, measured again on the version in force"
+        )
     return str(path)
 
 

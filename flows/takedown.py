@@ -144,7 +144,10 @@ def _leave(workspace: str, run_id: str, publication: Publication) -> None:
         description="Takedown step",
     )
     if publication.outcome != "nothing":
-        create_table_artifact(key=f"{run_id}-scores", table=score_rows(run.finished("evaluate", Evaluation)))
+        create_table_artifact(
+            key=f"{run_id}-scores", table=score_rows(run.finished("evaluate", Evaluation)),
+            description="Every text before and after: exact memorisation (EM), extraction strength (ES), ROUGE-L",
+        )  # fmt: skip
 
 
 @flow(name="takedown", persist_result=False)

@@ -177,5 +177,5 @@ def _deadline(state: RequestState, clock: str, since: datetime, due: datetime, n
 def _oldest(waiting: list[tuple[datetime, str]], now: datetime) -> Waiting | None:
     if not waiting:
         return None
-    at, name = min(waiting)
+    at, name = min(waiting, key=lambda found: found[0])  # of equal ones the first that came
     return Waiting(request_id=name, since=at.astimezone(UTC), age_s=max(0.0, (now - at).total_seconds()))

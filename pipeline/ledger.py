@@ -8,28 +8,34 @@ keeps a copy of it elsewhere can tell a history that was rewritten or cut back l
 A leaf of the log is the canonical JSON of ``{"at", "event", "previous", "seq"}``, the bytes whose SHA-256 is the
 entry's digest.
 
-Every read fetches every row. What was checked once in this process is not parsed and hashed again where the rows are
-the same, byte for byte; a row that differs is, and so is all that follows it.
+Every read fetches every row; `pipeline.chain` says what of them is sound.
 """
 
 from __future__ import annotations
 
-import gc
-import json
 import os
-import re
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
-from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
+from pipeline.chain import (
+    GENESIS,
+    Checked,
+    Row,
+    check_rows,
+    check_signed,
+    check_sound,
+    leaf_data,
+    leaf_of,
+    read_row,
+    remember,
+    time_text,
+)
 from pipeline.databases import declarations, declared_by
 from pipeline.errors import NoSpace, NotAWorkspace, StoreDamaged, TakedownError, UsageError, WorkspaceBusy
 from pipeline.files import (
@@ -46,9 +52,6 @@ from pipeline.keys import load_log_key, log_vkey
 from pipeline.merkle import Frontier, leaf_hash, root_of_hashes
 from pipeline.notes import MAX_NOTE_BYTES, Checkpoint, checkpoint_text, parse_vkey, read_checkpoint, sign_note
 from pipeline.records import Break, Event, LedgerEntry
-
-GENESIS = "genesis:takedown-pipeline-ledger-1"
-"""What the first entry names as its predecessor."""
 
 APPLICATION_ID = 0x54444C31
 """``TDL1`` in the database header: tells a ledger from any other SQLite file."""
@@ -133,75 +136,6 @@ def _connect(path: Path, options: str, timeout_s: float) -> sqlite3.Connection:
     return connection
 
 
-def _time_text(at: datetime) -> str:
-    """A moment as stored: UTC, microseconds, always 27 characters."""
-    if at.tzinfo is None:
-        raise ValueError("a ledger time needs a zone")
-    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
-
-
-def leaf_data(seq: int, at: str, event: str, previous: str) -> bytes:
-    """The bytes that are a leaf of the log, and whose SHA-256 is the entry's digest.
-
-    Args:
-        seq: Number of the entry.
-        at: Time as stored.
-        event: The event as canonical JSON.
-        previous: Digest of the entry before.
-    """
-    # What `json.dumps` does with a mere text, which is the canonical form, too.
-    return b'{"at":%s,"event":%s,"previous":%s,"seq":%d}' % (
-        encode_basestring_ascii(at).encode(), event.encode("utf-8", "surrogateescape"),
-        encode_basestring_ascii(previous).encode(), seq,
-    )  # fmt: skip
-
-
-class _Row(NamedTuple):
-    """A row as it is found; after tampering a column may hold anything."""
-
-    seq: Any
-    at: Any
-    event: Any
-    previous: Any
-    digest: Any
-
-
-def _leaf_of(row: _Row) -> bytes:
-    """The leaf of a row as it is found; something else than was ever signed where a column is of another kind."""
-    if not isinstance(row.seq, int) or not all(isinstance(value, str) for value in row[1:]):
-        return repr(tuple(row)).encode("utf-8", "surrogateescape")
-    return leaf_data(row.seq, row.at, row.event, row.previous)
-
-
-class _Checked(NamedTuple):
-    """The rows of a ledger from the first one on, all sound, with what follows from them. Never changed.
-
-    Attributes:
-        rows: As SQLite gives them.
-        entries: What they say.
-        hashes: Leaf hash of each, 32 bytes.
-        frontier: Of the tree over all of them; to be copied before it grows.
-    """
-
-    rows: list[tuple[Any, ...]]
-    entries: tuple[LedgerEntry, ...]
-    hashes: tuple[bytes, ...]
-    frontier: Frontier
-
-    def grown(self, rows: list[tuple[Any, ...]], entries: Sequence[LedgerEntry]) -> _Checked:
-        """These rows and further ones that were checked, too."""
-        hashes, frontier = [leaf_hash(_leaf_of(_Row(*row))) for row in rows], self.frontier.copy()
-        for hash_ in hashes:
-            frontier.append(hash_)
-        return self.joined(rows, entries, hashes, frontier)
-
-    def joined(
-        self, rows: list[tuple[Any, ...]], entries: Sequence[LedgerEntry], hashes: Sequence[bytes], frontier: Frontier
-    ) -> _Checked:
-        """These and further ones, with the tree over all of them."""
-        return _Checked(self.rows + rows, (*self.entries, *entries), (*self.hashes, *hashes), frontier)
-
-
 class Image(NamedTuple):
     """A database, every byte of it.
 
@@ -214,164 +148,6 @@ class Image(NamedTuple):
     entries: int
     pages: bytes
     behind: int
-
-
-_NOTHING = _Checked([], (), (), Frontier())
-
-_newest = _NOTHING
-"""What this process checked last. One ledger's worth: a process works on one workspace."""
-
-
-def _remember(checked: _Checked) -> _Checked:
-    global _newest
-    _newest = checked
-    return checked
-
-
-_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z")
-"""A moment as `_time_text` writes it."""
-
-_FIELDS = set(LedgerEntry.model_fields)
-"""What pydantic keeps with each entry of which of its fields are set; one for all saves a quarter of their memory."""
-
-
-def _entry_of(row: _Row) -> LedgerEntry:
-    """What a row says that is known to be as it was written."""
-    at, event = datetime.fromisoformat(row.at), Event.model_validate_json(row.event)
-    return LedgerEntry.model_construct(
-        _FIELDS, seq=row.seq, at=at, event=event, previous=row.previous, digest=row.digest
-    )
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """While thousands of records are made that all stay, the collector would look through them again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _known(rows: list[tuple[Any, ...]]) -> _Checked:
-    """What was checked last, where these rows begin with the same."""
-    known = _newest
-    return known if rows[: len(known.rows)] == known.rows else _NOTHING
-
-
-def _check_signed(rows: list[tuple[Any, ...]], signed: Checkpoint) -> _Checked | None:
-    """Take rows whose bytes are those that were signed; None where they are not, or one cannot be read.
-
-    A third of the time of `_check_sound`: what is signed was checked when it was written, and only its bytes can have
-    changed, which the root over all of them tells. Whoever has the key can sign an event in another form than is
-    written (spaces, a key twice); only `Ledger.examine` says so.
-    """
-    known = _known(rows)
-    fresh = rows[len(known.rows) :]
-    previous = known.rows[-1][-1] if known.rows else GENESIS
-    hashes, frontier = list[bytes](), known.frontier.copy()
-    try:
-        for row in map(_Row._make, fresh):
-            if type(row.seq) is not int or not _TIME.fullmatch(row.at):
-                return None  # 2.0 is written into a leaf like 2, and equal to it
-            leaf = leaf_data(row.seq, row.at, row.event, row.previous)
-            # The digest is no part of the leaf; the number and the predecessor are, and must be the right ones.
-            if (row.seq, row.previous, row.digest) != (frontier.size + 1, previous, digest_bytes(leaf)):
-                return None
-            hashes.append(leaf_hash(leaf))
-            frontier.append(hashes[-1])
-            previous = row.digest
-        if (signed.size, signed.root) != (frontier.size, frontier.root()):
-            return None
-        with _no_collection():
-            entries = [_entry_of(_Row(*row)) for row in fresh]
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
-    return _remember(known.joined(fresh, entries, hashes, frontier))
-
-
-def _check_sound(path: Path, rows: list[tuple[Any, ...]]) -> _Checked:
-    """Check all rows, those anew that are not the same as at the last time.
-
-    Raises:
-        StoreDamaged: An entry was changed, removed or inserted.
-    """
-    known = _known(rows)
-    fresh = rows[len(known.rows) :]
-    if not fresh:
-        return known
-    entries, breaks = _check_rows(path.name, fresh, known.entries[-1] if known.entries else None)
-    if breaks:
-        first = breaks[0]
-        raise StoreDamaged(
-            f"{path}: does not hold in {len(breaks)} places, first {first.where}: {first.found}. "
-            "`takedown verify` lists all breaks."
-        )
-    return _remember(known.grown(fresh, entries))
-
-
-def _read_row(row: _Row) -> tuple[LedgerEntry | None, list[str]]:
-    """Check one row by itself: well-formed, canonical, and matching its own digest."""
-    if not isinstance(row.seq, int) or not all(isinstance(value, str) for value in row[1:]):
-        return None, ["a column does not hold the kind of value it should"]
-    found = []
-    try:
-        tree = json.loads(row.event)
-        event = Event.model_validate(tree)
-        at = datetime.fromisoformat(row.at)
-        if at.tzinfo is None or _time_text(at) != row.at:
-            found.append("the time is not in the form that is written")
-        if canonical_json(tree).decode() != row.event:
-            found.append("the event is not in the form that is written")
-        digest = digest_bytes(leaf_data(row.seq, row.at, row.event, row.previous))
-    except (ValueError, RecursionError, OverflowError) as error:  # ValidationError is a ValueError
-        what = "fields that are not an event's" if isinstance(error, ValidationError) else str(error)
-        return None, [f"time or event cannot be read ({what})"]
-    if digest != row.digest:
-        found.append(f"content does not match its digest (stored {row.digest[:80]!r}, computed {digest})")
-    try:
-        entry = LedgerEntry(seq=row.seq, at=at, event=event, previous=row.previous, digest=row.digest)
-    except ValidationError:  # text that is not Unicode
-        return None, [*found, "a column holds text that cannot be read"]
-    return entry, found
-
-
-def _check_rows(
-    name: str, rows: Iterable[tuple[Any, ...]], last: LedgerEntry | None = None
-) -> tuple[list[LedgerEntry], list[Break]]:
-    """Read rows, in order; also check numbering and chain.
-
-    Args:
-        name: The ledger's, for the breaks.
-        rows: As SQLite gives them.
-        last: The entry before the first of them; None where that is the ledger's first.
-
-    Returns:
-        Every entry that could be read, sound or not, and every break.
-    """
-    entries, breaks = [], []
-    seq, previous = (last.seq, last.digest) if last else (0, GENESIS)
-    for row in map(_Row._make, rows):
-        where = f"{name}: entry {row.seq}"
-        if row.seq != seq + 1:
-            gap = f"entry {seq + 1}" if row.seq == seq + 2 else f"the entries after {seq}"
-            breaks.append(Break(where=where, found=f"{gap} missing before it", means="Entries were removed."))
-        elif row.previous != previous:
-            breaks.append(
-                Break(
-                    where=where,
-                    found=f"names {str(row.previous)[:80]!r} as its predecessor, which has {str(previous)[:80]!r}",
-                    means="This entry or the one before it was changed, inserted or replaced after it was written.",
-                )
-            )
-        entry, found = _read_row(row)
-        breaks += [Break(where=where, found=f, means="It was changed after it was written.") for f in found]
-        if entry is not None:
-            entries.append(entry)
-        seq, previous = (row.seq if isinstance(row.seq, int) else seq + 1), row.digest
-    return entries, breaks
 
 
 class Ledger:
@@ -474,7 +250,7 @@ class Ledger:
             UsageError: A key cannot be read.
             ValueError: An event's data is not JSON (NaN), or ``at`` has no zone.
         """
-        time = _time_text(at or datetime.now(UTC))
+        time = time_text(at or datetime.now(UTC))
         for event in events:
             canonical_json(event.data)  # refuses what pydantic would write as null: NaN, infinity
         trees = [event.model_dump(mode="json") for event in events]
@@ -489,9 +265,9 @@ class Ledger:
                     seq += 1
                     text = canonical_json(tree).decode()
                     digest = digest_bytes(leaf_data(seq, time, text, previous))
-                    row = _Row(seq, time, text, previous, digest)
+                    row = Row(seq, time, text, previous, digest)
                     self._connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", row)
-                    entry, found = _read_row(row)
+                    entry, found = read_row(row)
                     if entry is None or found:
                         raise ValueError(f"event {tree['kind']!r} does not survive being written: {found}")
                     entries.append(entry)
@@ -506,7 +282,7 @@ class Ledger:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
-        _remember(after)
+        remember(after)
         if entries:
             self._write_checkpoint_file(note, len(entries))
         return tuple(entries)
@@ -529,7 +305,7 @@ class Ledger:
     def leaves(self) -> list[bytes]:
         """The bytes of every leaf of the log, in order, as they are found; `examine` says whether they hold."""
         with _explained(self.path):
-            return [_leaf_of(_Row(*row)) for row in self._rows()]
+            return [leaf_of(Row(*row)) for row in self._rows()]
 
     def count(self) -> int:
         """How many entries there are, read or not.
@@ -559,7 +335,7 @@ class Ledger:
         key = load_log_key(self.keys)
         return sign_note(checkpoint_text(Checkpoint(origin, frontier.size, frontier.root())), origin, key)
 
-    def _sound(self, rows: list[tuple[Any, ...]], note: str | None) -> _Checked:
+    def _sound(self, rows: list[tuple[Any, ...]], note: str | None) -> Checked:
         """Rows that hold, and that the newest checkpoint signs.
 
         Raises:
@@ -568,15 +344,15 @@ class Ledger:
         """
         try:
             signed = read_checkpoint((note or "").encode("utf-8", "surrogateescape"), log_vkey(self.keys))
-            taken = _check_signed(rows, signed)
+            taken = check_signed(rows, signed)
         except (StoreDamaged, UsageError):
             taken = None
         if taken is None:  # what is wrong with an entry tells more than that the root is not theirs
-            taken = _check_sound(self.path, rows)
+            taken = check_sound(self.path, rows)
             self._require_signed(taken, note, log_vkey(self.keys))
         return taken
 
-    def _require_signed(self, checked: _Checked, note: str | None, vkey: str) -> None:
+    def _require_signed(self, checked: Checked, note: str | None, vkey: str) -> None:
         """The newest checkpoint must be signed by the lineage's key, over exactly these rows.
 
         Raises:
@@ -651,7 +427,7 @@ class Ledger:
         try:
             checked = self._sound(rows, note)
         except UsageError:
-            return _check_sound(self.path, rows).entries
+            return check_sound(self.path, rows).entries
         if beside != (note or "").encode():
             self._refuse_contradicted(beside, checked.hashes)
         return checked.entries
@@ -686,7 +462,7 @@ class Ledger:
                         breaks.append(Break(where=name, found=str(line), means=means))
                 breaks += self._check_schema()
                 rows = self._rows()
-                entries, found = _check_rows(name, rows)
+                entries, found = check_rows(name, rows)
                 breaks += found
                 breaks += self._check_counter(rows)
                 breaks += self._check_checkpoints(rows, every_signature, beside)
@@ -713,7 +489,7 @@ class Ledger:
             lost = "Without the public key nobody can tell who signed this history. Restore it from a copy."
             return [Break(where=f"{self.keys.name}/log.pub", found=str(error), means=lost)]
         notes = dict(self._connection.execute("SELECT size, note FROM checkpoints ORDER BY size"))
-        breaks, frontier, hashes = [], Frontier(), [leaf_hash(_leaf_of(_Row(*row))) for row in rows]
+        breaks, frontier, hashes = [], Frontier(), [leaf_hash(leaf_of(Row(*row))) for row in rows]
         for hash_ in hashes:
             frontier.append(hash_)
             note = notes.get(frontier.size)

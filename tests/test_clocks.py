@@ -131,6 +131,11 @@ def test_the_oldest_is_what_has_waited_longest_and_can_be_worked_on() -> None:
     found = standing(entries, Settings(), MONDAY + 10 * HOUR).oldest
     assert found is not None and (found.request_id, found.age_s) == ("free", 7 * 3600)
     assert standing(entries[:2], Settings(), MONDAY).oldest is None
+    together = [*history(("received", HOUR), name="Q10"), *history(("received", HOUR), name="Q1")]
+    first = standing(together, Settings(), MONDAY + 2 * HOUR).oldest
+    assert first is not None and first.request_id == "Q10", (
+        "of what came at the same time the first, as status lists it"
+    )
 
 
 # --- a clock that was set back ----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -24,11 +25,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import chain
 from pipeline import ledger as ledger_module
+from pipeline.chain import GENESIS, leaf_data
 from pipeline.errors import NoSpace, NotAWorkspace, StoreDamaged, TakedownError, UsageError, WorkspaceBusy
 from pipeline.files import canonical_json, digest_json
 from pipeline.keys import create_keys, load_log_key, log_vkey
-from pipeline.ledger import GENESIS, SCHEMA, Ledger
+from pipeline.ledger import SCHEMA, Ledger
+from pipeline.merkle import leaf_hash, root_of_hashes
 from pipeline.notes import Checkpoint, checkpoint_text, read_checkpoint, sign_note
 from pipeline.records import Event, LedgerEntry
 
@@ -237,6 +241,7 @@ def test_an_auditor_reads_a_folder_that_he_cannot_write(path: Path, keys_mode: i
     code = """
 import os, sys
 from pathlib import Path
+from types import ModuleType
 from pipeline.ledger import Ledger
 folder = os.open(sys.argv[1], os.O_RDONLY)
 os.fchdir(folder); os.setuid(65534)
@@ -264,6 +269,7 @@ def test_kill_9_loses_nothing_acknowledged(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
+from types import ModuleType
 from pipeline.ledger import Ledger
 from pipeline.records import Event
 ledger = Ledger.open(Path(sys.argv[1]))
@@ -727,18 +733,19 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the rows that are parsed and hashed, in order."""
     seen: list[int] = []
 
-    def count(name: str) -> None:
-        parse = getattr(ledger_module, name)
+    def count(module: ModuleType, name: str) -> None:
+        parse = getattr(module, name)
 
         def counting(row: Any) -> Any:
             seen.append(row.seq)
             return parse(row)
 
-        monkeypatch.setattr(ledger_module, name, counting)
+        monkeypatch.setattr(module, name, counting)
 
-    count("_read_row")
-    count("_entry_of")
-    monkeypatch.setattr(ledger_module, "_newest", ledger_module._NOTHING)
+    count(ledger_module, "read_row")
+    count(chain, "read_row")
+    count(chain, "_entry_of")
+    monkeypatch.setattr(chain, "_newest", chain._NOTHING)
     return seen
 
 
@@ -766,10 +773,10 @@ def test_what_is_signed_reads_as_what_is_checked(path: Path, data: list[dict[str
     """Rows whose root is signed are not looked at one by one; they give the same entries, kinds of numbers included."""
     with Ledger.open(path) as ledger:
         ledger.append(*(Event(kind="planned", actor="a", data=d) for d in data))
-    ledger_module._newest = ledger_module._NOTHING
+    chain._newest = chain._NOTHING
     quick = _entries(path)
-    ledger_module._newest = ledger_module._NOTHING
-    with mock.patch.object(ledger_module, "_check_signed", return_value=None):
+    chain._newest = chain._NOTHING
+    with mock.patch.object(ledger_module, "check_signed", return_value=None):
         slow = _entries(path)
     assert quick == slow
     assert repr(quick) == repr(slow)
@@ -797,7 +804,7 @@ LOOSENED = (
 def test_a_number_that_is_only_equal_is_none(path: Path, statement: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """2.0 gives the same leaf as 2, so that the root holds; what is read and what is written on top must not."""
     _tamper(path, *LOOSENED, statement)
-    monkeypatch.setattr(ledger_module, "_newest", ledger_module._NOTHING)
+    monkeypatch.setattr(chain, "_newest", chain._NOTHING)
     with pytest.raises(StoreDamaged):
         _entries(path)
     with pytest.raises(StoreDamaged), Ledger.open(path) as ledger:
@@ -810,13 +817,13 @@ def test_a_signed_time_in_another_form_is_refused(path: Path, at: str, monkeypat
     text = canonical_json(_received("x").model_dump(mode="json")).decode()
     with closing(sqlite3.connect(path)) as connection, connection:
         rows = connection.execute("SELECT seq, at, event, previous, digest FROM entries ORDER BY seq").fetchall()
-        leaf = ledger_module.leaf_data(5, at, text, rows[-1][4])
+        leaf = leaf_data(5, at, text, rows[-1][4])
         rows.append((5, at, text, rows[-1][4], f"sha256:{hashlib.sha256(leaf).hexdigest()}"))
         connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", rows[-1])
-        root = ledger_module.root_of_hashes([ledger_module.leaf_hash(ledger_module.leaf_data(*r[:4])) for r in rows])
+        root = root_of_hashes([leaf_hash(leaf_data(*r[:4])) for r in rows])
         note = sign_note(checkpoint_text(Checkpoint(ORIGIN, 5, root)), ORIGIN, load_log_key(path.parent / "keys"))
         connection.execute("INSERT INTO checkpoints VALUES (5, ?)", (note,))
-    monkeypatch.setattr(ledger_module, "_newest", ledger_module._NOTHING)
+    monkeypatch.setattr(chain, "_newest", chain._NOTHING)
     with pytest.raises(StoreDamaged, match="time"):
         _entries(path)
 
@@ -829,6 +836,7 @@ def test_only_what_another_process_added_is_parsed(path: Path, tmp_path: Path, p
     code = """
 import sys
 from pathlib import Path
+from types import ModuleType
 from pipeline.ledger import Ledger
 from pipeline.records import Event
 with Ledger.open(Path(sys.argv[1])) as ledger:

@@ -27,9 +27,10 @@ from workspaces import copied, draw_text, take_in
 
 from pipeline import merkle, verify_bundle
 from pipeline.certificate import write_certificate
+from pipeline.chain import GENESIS, leaf_data
 from pipeline.files import canonical_json
 from pipeline.keys import load_log_key
-from pipeline.ledger import GENESIS, Ledger, leaf_data
+from pipeline.ledger import Ledger
 from pipeline.notes import Checkpoint, checkpoint_text, parse_vkey, sign_note, vkey
 from pipeline.oms import check_model_signature
 from pipeline.records import Event, TakedownRequest

@@ -24,10 +24,11 @@ from histories import array_model, make_step, start_history
 from safetensors.numpy import load_file, save_file
 from workspaces import draw_text, take_in, write_batch
 
+from pipeline.chain import GENESIS, leaf_data
 from pipeline.digests import tensor_root
 from pipeline.files import canonical_json, digest_bytes, digest_file
 from pipeline.keys import log_vkey
-from pipeline.ledger import GENESIS, SCHEMA, Ledger, leaf_data
+from pipeline.ledger import SCHEMA, Ledger
 from pipeline.merkle import leaf_hash, root_of_hashes
 from pipeline.notes import Checkpoint, checkpoint_text, parse_vkey, sign_note
 from pipeline.objects import hexadecimal
