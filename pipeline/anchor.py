@@ -41,7 +41,7 @@ class Anchor:
 
     Attributes:
         passages: Passages scored from their second token on; ``span.request_id`` is the document's name.
-        top_ids: Per passage (P, k) int64.
+        top_ids: Per passage (P, k) int32.
         top_logprobs: Per passage (P, k) float32.
     """
 
@@ -106,15 +106,23 @@ def retain_passages(
 def build_anchor(model: nn.Module, passages: Sequence[Passage], k: int, pad_id: int, max_tokens: int) -> Anchor:
     """Run v0 once over the retain passages."""
     device = next(model.parameters()).device
-    top_ids = [torch.empty(0)] * len(passages)
-    top_logprobs = [torch.empty(0)] * len(passages)
+    lengths = [len(p.continuation) for p in passages]
+    top_ids: Sequence[torch.Tensor] = ()
+    top_logprobs: Sequence[torch.Tensor] = ()
     with torch.inference_mode():
         for batch in batches(passages, max_tokens, pad_id, device):
             predictions = predict(model, batch)
+            if not top_ids:
+                # Whole tensors, filled in parts: small ones, made by the thousand between large temporaries, would tear
+                # the heap apart.
+                shape = sum(lengths), min(k, predictions.logits.shape[-1])
+                top_ids = torch.split(torch.empty(shape, dtype=torch.int32), lengths)
+                top_logprobs = torch.split(torch.empty(shape), lengths)
             for row, index in enumerate(batch.rows):
                 logprobs = F.log_softmax(predictions.logits[row][predictions.scored[row]].float(), dim=-1)
-                values, ids = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
-                top_ids[index], top_logprobs[index] = ids.cpu(), values.cpu()
+                values, ids = logprobs.topk(top_ids[index].shape[-1], dim=-1)
+                top_ids[index].copy_(ids)
+                top_logprobs[index].copy_(values)
     return Anchor(passages, top_ids, top_logprobs)
 
 
@@ -131,7 +139,7 @@ def anchor_loss(
     total = 0.0
     for batch in batches(anchor.passages, max_tokens, pad_id, device):
         predictions = predict(model, batch)
-        top_ids = torch.cat([anchor.top_ids[i] for i in batch.rows]).to(device)
+        top_ids = torch.cat([anchor.top_ids[i] for i in batch.rows]).to(device).long()
         top_logprobs = torch.cat([anchor.top_logprobs[i] for i in batch.rows]).to(device)
         found = bucketed_kl(predictions.logits[predictions.scored], top_ids, top_logprobs).sum()
         if truth:
@@ -157,7 +165,7 @@ def save_anchor(folder: Path, anchor: Anchor) -> FileRef:
         {
             "ids": torch.tensor([i for p in anchor.passages for i in p.ids], dtype=torch.int32),
             "spans": torch.tensor(spans, dtype=torch.int64).view(-1, 5),
-            "top_ids": torch.cat(list(anchor.top_ids)).to(torch.int32),
+            "top_ids": torch.cat(list(anchor.top_ids)),
             "top_logprobs": torch.cat(list(anchor.top_logprobs)),
             "names": torch.tensor(list("\0".join(names).encode()), dtype=torch.uint8),
         },
@@ -178,4 +186,4 @@ def load_anchor(folder: Path, ref: FileRef) -> Anchor:
         for (n, p, s, e, _), chunk in zip(rows, ids.split(lengths), strict=True)
     ]
     positions = [length - 1 for length in lengths]
-    return Anchor(passages, top_ids.long().split(positions), top_logprobs.split(positions))
+    return Anchor(passages, top_ids.split(positions), top_logprobs.split(positions))

@@ -9,11 +9,9 @@ that differs is, and so is all that follows it.
 
 from __future__ import annotations
 
-import gc
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
@@ -128,18 +126,6 @@ def _entry_of(row: Row) -> LedgerEntry:
     )
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """While thousands of records are made that all stay, the collector would look through them again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _known(rows: list[tuple[Any, ...]]) -> Checked:
     """What was checked last, where these rows begin with the same."""
     known = _newest
@@ -170,8 +156,7 @@ def check_signed(rows: list[tuple[Any, ...]], signed: Checkpoint) -> Checked | N
             previous = row.digest
         if (signed.size, signed.root) != (frontier.size, frontier.root()):
             return None
-        with _no_collection():
-            entries = [_entry_of(Row(*row)) for row in fresh]
+        entries = [_entry_of(Row(*row)) for row in fresh]
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return remember(known.joined(fresh, entries, hashes, frontier))

@@ -10,7 +10,8 @@ weights that may change, S of them salient, L in the largest, B tokens in a batc
 * saliency: float32 gradients, 4·T, and one dense gradient at a time, L; the mask's statistics, 25·L
 * the fit: vector, two moments of Adam, two sums of gradients, 20·S; the repair: 36·S; with LoRA in the place of the
   fit's: the weights W + m⊙(BA) that the backward pass keeps, T, and 16 bytes for each entry of the factors
-* v0's predictions on retain text, and on what it recites itself: passages · tokens · top-k · 16
+* v0's predictions on retain text, and on what it recites itself: passages · tokens · top-k · 8, twice that while
+  they are made
 * activations that the backward pass keeps: B · (`KEPT` · Σ(rows + columns) of the weights + `WRITTEN_OUT` · inner width
   of each block that is not gated); without a backward pass, of one block
 * logits: `CE`, `KL` or `SCORED` float32 copies of B · V
@@ -167,7 +168,12 @@ def salient_share(settings: Settings) -> float:
 
 
 def step_need(
-    model: ModelSize, settings: Settings, selected: int | None = None, restores: int = 1, processes: int = 0
+    model: ModelSize,
+    settings: Settings,
+    selected: int | None = None,
+    restores: int = 1,
+    processes: int = 0,
+    retained: int | None = None,
 ) -> StepNeed:
     """Memory and room for a step.
 
@@ -178,13 +184,16 @@ def step_need(
         restores: Model folders that are written beside the candidate: a parent that is not kept whole, and so cannot be
             linked; a reinstatement's start.
         processes: Worker processes on this machine that screen, each with libraries and a model of its own.
+        retained: Passages that retain text has at most; left out, as many as the settings take.
     """
     salient = selected if selected is not None else round(model.targets * salient_share(settings))
-    memory = {stage: _with_spare(model.nbytes + more) for stage, more in _terms(model, settings, salient).items()}
+    predictions = _predictions(model, settings, retained)
+    terms = _terms(model, settings, salient, predictions)
+    memory = {stage: _with_spare(model.nbytes + more) for stage, more in terms.items()}
     memory["screening"] += processes * (PROGRAM_BYTES + memory["screening"])
     return StepNeed(
         stages=tuple(StageNeed(stage=stage, memory_bytes=nbytes) for stage, nbytes in memory.items()),
-        disk_bytes=_disk(model, settings, salient, restores),
+        disk_bytes=_disk(model, salient, restores, predictions),
     )
 
 
@@ -192,7 +201,7 @@ def _with_spare(nbytes: float) -> int:
     return round(nbytes * (1 + SPARE_SHARE)) + SPARE_BYTES
 
 
-def _terms(model: ModelSize, settings: Settings, salient: int) -> dict[str, float]:
+def _terms(model: ModelSize, settings: Settings, salient: int, predictions: int) -> dict[str, float]:
     """Bytes of each stage beside the model."""
     unlearn, passages = settings.unlearn, settings.passages
     length = passages.prompt_tokens + passages.continuation_tokens
@@ -212,8 +221,10 @@ def _terms(model: ModelSize, settings: Settings, salient: int) -> dict[str, floa
         return batch * model.activations * model.width + logits(batch * part, copies)
 
     fitted = tokens(unlearn.passages_per_iteration * unlearn.random_labels_per_prompt)
+    if unlearn.method == "short-context":
+        fitted = max(fitted, tokens(unlearn.replay_passages))
     pushed, held = tokens(unlearn.passages_per_iteration), tokens(_held(unlearn)) * bool(unlearn.anchor_weight)
-    anchor = 16 * _predictions(model, settings)
+    anchor = 8 * predictions
     scored = most * model.block_activations * model.width + logits(most * share, SCORED)
     dense = model.largest * model.width
     kept = model.targets + 12.0 * salient + anchor
@@ -225,7 +236,7 @@ def _terms(model: ModelSize, settings: Settings, salient: int) -> dict[str, floa
     # Several threads score at the same time.
     together = settings.runtime.workers if settings.runtime.runner == "threads" else 1
     return {
-        "reference": scored + anchor,
+        "reference": scored + 2 * anchor,
         "screening": scored * together,
         "saliency": 4.0 * model.targets
         + max(trained(most, CE, share) + dense, model.targets + 25.0 * model.largest) * unlearn.masked
@@ -238,15 +249,14 @@ def _terms(model: ModelSize, settings: Settings, salient: int) -> dict[str, floa
     }
 
 
-def _disk(model: ModelSize, settings: Settings, salient: int, restores: int) -> int:
+def _disk(model: ModelSize, salient: int, restores: int, predictions: int) -> int:
     """Folders of models, the candidate, the version while its file is written, mask, vectors, v0's predictions; before
     there is a candidate, two notes of how far a fit has come.
 
     Where the store keeps a delta it is less; whether it will is known only then.
     """
-    anchor = 8 * _predictions(model, settings)
     made = max(2 * model.nbytes, 24 * salient)
-    return model.nbytes * restores + made + model.targets // 8 + 8 * salient + anchor + (16 << 20)
+    return model.nbytes * restores + made + model.targets // 8 + 8 * salient + 8 * predictions + (16 << 20)
 
 
 def _held(unlearn: UnlearnSettings) -> int:
@@ -255,8 +265,9 @@ def _held(unlearn: UnlearnSettings) -> int:
     return unlearn.recited_passages + 2 * drawn if unlearn.method == "short-context" else drawn
 
 
-def _predictions(model: ModelSize, settings: Settings) -> int:
+def _predictions(model: ModelSize, settings: Settings, retained: int | None) -> int:
     """Tokens that v0's predictions are kept of, with each passage, position and place in the top k."""
     unlearn, passages = settings.unlearn, settings.passages
-    count = unlearn.anchor_pool + math.ceil(unlearn.recited_openings * RECITED_SHARE)
+    pool = unlearn.anchor_pool if retained is None else min(unlearn.anchor_pool, retained)
+    count = pool + math.ceil(unlearn.recited_openings * RECITED_SHARE)
     return count * (passages.prompt_tokens + passages.continuation_tokens) * min(unlearn.anchor_top_k, model.vocabulary)

@@ -62,8 +62,9 @@ METHOD_DEFAULTS: Mapping[MethodName, Mapping[str, Any]] = {
     "obliviate": _ALONE,
     # The paper's mask. At 1.5e-4 all weights do as well as these at 5e-4, and a version takes ten times the bytes.
     "short-context": {
-        **_PAPER, "random_label_weight": 0.0, "anchor_weight": 32.0, "anchor_truth": 0.05,
-        "anchor_passages": 12, "recited_passages": 12, "anchor_pool": 1024, "recited_openings": 4096,
+        **_PAPER, "random_label_weight": 0.0, "anchor_weight": 32.0, "anchor_truth": 0.1,
+        "anchor_passages": 12, "recited_passages": 12, "replay_passages": 12,
+        "anchor_pool": 4096, "replay_pool": 1024, "recited_openings": 4096,
         "iterations": 128, "rounds": 3, "learning_rate": 5e-4, "learning_rate_end": 0.1,
     },
 }  # fmt: skip

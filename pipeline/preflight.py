@@ -84,7 +84,7 @@ def estimate(workspace: Workspace, entries: Sequence[LedgerEntry], reusable: int
     settings, version = workspace.settings(), current_version(entries)
     need = step_need(
         version_size(workspace, entries, version), settings, restores=_written_out(workspace, entries, version),
-        processes=_processes(settings),
+        processes=_processes(settings), retained=_retained(workspace, settings),
     )  # fmt: skip
     memory, times = memory_for(settings), recorded_times(workspace)
     disk = free_disk(workspace.runs).nbytes
@@ -120,6 +120,15 @@ def _processes(settings: Settings) -> int:
     """Worker processes on this machine that load the model for themselves."""
     runtime = settings.runtime
     return 0 if runtime.runner == "threads" or os.environ.get(ADDRESSES[runtime.runner]) else runtime.workers
+
+
+def _retained(workspace: Workspace, settings: Settings) -> int:
+    """Passages that the retain text has at most, with a token a byte.
+
+    That is twice as many as are taken, which is one in two: room for tokenizers that take letters apart.
+    """
+    sizes = [path.stat().st_size for path in (workspace.reference / "retain").glob("*.txt") if path.is_file()]
+    return sum(size // settings.passages.continuation_tokens + 1 for size in sizes)
 
 
 def shortages(need: StageNeed, memory: Room, disk_need: int, disk: Room) -> list[Problem]:
@@ -171,7 +180,9 @@ def require_step(
     except TakedownError:
         return  # told by what reads the version
     settings = workspace.settings()
-    need = step_need(size, settings, restores=restores, processes=_processes(settings))
+    need = step_need(
+        size, settings, restores=restores, processes=_processes(settings), retained=_retained(workspace, settings)
+    )
     peak = need.after(*(stage for stage in STAGES if has_finished(folder, stage))).peak
     short = shortages(peak, memory_for(settings), need.disk_bytes - reusable, free_disk(workspace.runs))
     _decide(workspace, None, short, "Nothing was begun or changed; the requests keep waiting.")
@@ -202,7 +213,8 @@ def require_stage(
     size = model_size(
         Shape(t.name, t.dtype, t.shape) for path in folder.glob("*.safetensors") for t in read_header(path).tensors
     )
-    (found,) = (s for s in step_need(size, settings, selected).stages if s.stage == stage)
+    stages = step_need(size, settings, selected, retained=_retained(workspace, settings)).stages
+    (found,) = (s for s in stages if s.stage == stage)
     need = found.model_copy(update={"memory_bytes": found.memory_bytes - size.nbytes * loaded})
     disk = 2 * size.nbytes if stage == "merge" else 0  # the candidate, and the version that is made of it
     short = shortages(need, memory_for(settings), disk, free_disk(workspace.runs))

@@ -153,15 +153,17 @@ class UnlearnSettings(Section):
     text, with nobody having to list it. Takes a minute on a CPU for a few million weights."""
     recited_passages: int = Field(32, gt=0)
     """Recited passages per iteration, of retain text or found in this way, beside ``anchor_passages`` others; by
-    ``short-context``, which keeps as many earlier ones where they are."""
+    ``short-context``."""
     anchor_top_k: int = Field(64, gt=0)
     """Tokens per position kept apart in the KL; the rest share one bucket."""
     context_tokens: int = Field(8, gt=0)
     """Most true tokens before each token from which ``short-context`` takes what never-seen text would be predicted at;
     fewer are taken where the model still recognises the text from them."""
     replay_pool: int = Field(64, ge=0)
-    """Earlier passages that ``short-context`` keeps where they are, drawn for each step from as many requests as there
-    are; one that comes back above the target is pushed down, whether drawn or not."""
+    """Earlier passages that ``short-context`` keeps at the level of never-seen text, drawn for each step from as many
+    requests as there are; one that comes back above the target is pushed down, whether drawn or not."""
+    replay_passages: int = Field(12, gt=0)
+    """Of them per iteration."""
     repair_iterations: int = Field(120, ge=0)
     """Most iterations of the repair after negation; 0 is the paper's plain setting."""
     repair_min_iterations: int = Field(60, ge=0)

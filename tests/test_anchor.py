@@ -52,9 +52,9 @@ def test_predictions_are_the_models_own(load: LoadModel, retained: list[Passage]
         with torch.no_grad():
             expected = torch.log_softmax(model(input_ids=torch.tensor([p.ids])).logits[0, :-1].double(), -1)
         assert ids.shape == logprobs.shape == (len(p.ids) - 1, 6)
-        assert logprobs.dtype == torch.float32
+        assert (ids.dtype, logprobs.dtype) == (torch.int32, torch.float32)  # on disk, too
         # float32 forward in a padded batch against float64 softmax of a single one
-        np.testing.assert_allclose(logprobs, expected.gather(1, ids), atol=1e-4)
+        np.testing.assert_allclose(logprobs, expected.gather(1, ids.long()), atol=1e-4)
         np.testing.assert_allclose(logprobs, expected.topk(6).values, atol=1e-4)
 
 

@@ -21,6 +21,7 @@ from pipeline.errors import NoSpace
 from pipeline.fit import Fit, Trace
 from pipeline.halfway import Halfway, random_state, set_random_state
 from pipeline.methods import task_vector
+from pipeline.methods.short_context import risen
 from pipeline.models import load_model, load_tokenizer, target_weights
 from pipeline.passages import Passage, encode, passages_of
 from pipeline.saliency import everything
@@ -33,6 +34,8 @@ SIZE = PassageSettings(prompt_tokens=16, continuation_tokens=16, first_prompt_to
 CASES: dict[str, dict[str, Any]] = {
     # Four rounds, in which ceilings sink; earlier texts are above the target from the start.
     "short-context": {"iterations": 3, "rounds": 4, "recited_passages": 4, "learning_rate_end": 0.1},
+    # Beside them one that is below it, and held there.
+    "held": {"iterations": 3, "rounds": 2, "recited_passages": 4, "replay_passages": 2},
     "slices": {"iterations": 6, "passages_per_iteration": 1, "weight_decay": 0.1},
     "ssu": {"method": "ssu", "iterations": 6, "random_label_weight": 0.5, "repair_iterations": 12,
             "repair_min_iterations": 12},
@@ -50,7 +53,7 @@ class Killed(Exception):
 def memory(model: Path) -> tuple[nn.Module, dict[str, list[Passage]], Anchor]:
     torch.set_num_threads(1)
     net, tokenizer = load_model(model, "cpu"), load_tokenizer(model)
-    works = {**{n: WORKS[n] for n in ("one", "two", "three")}, **KEPT}
+    works = {**{n: WORKS[n] for n in ("one", "two", "three")}, **KEPT, "never": HELDOUT["heldout-4"]}
     texts = {name: passages_of(encode(tokenizer, name, text), SIZE) for name, text in works.items()}
     return net, texts, build_anchor(net, retain_passages(tokenizer, HELDOUT, SIZE, 12), 16, 0, 1000)
 
@@ -65,10 +68,13 @@ def make_fit(memory: tuple[nn.Module, dict[str, list[Passage]], Anchor], case: s
     def remaining() -> Sequence[Passage]:
         return [*texts["one"], *texts["two"][:2]]
 
-    return Fit(
+    earlier = [*texts["two"], *(texts["never"] if case == "held" else ())]
+    fit = Fit(
         net, SalientWeights(weights, everything(weights).mask), texts["one"], anchor, settings, 0, 1000, 5,
-        target=0.5, earlier=texts["two"], remaining=remaining, never_seen_nll=6.0,
+        target=0.5, earlier=earlier, remaining=remaining, never_seen_nll=6.0,
     )  # fmt: skip
+    assert (case == "held") == any(p in risen(fit, fit.earlier)[1] for p in texts["never"])
+    return fit
 
 
 def descend(fit: Fit) -> tuple[Vector, Trace]:

@@ -241,7 +241,6 @@ def test_an_auditor_reads_a_folder_that_he_cannot_write(path: Path, keys_mode: i
     code = """
 import os, sys
 from pathlib import Path
-from types import ModuleType
 from pipeline.ledger import Ledger
 folder = os.open(sys.argv[1], os.O_RDONLY)
 os.fchdir(folder); os.setuid(65534)
@@ -269,7 +268,6 @@ def test_kill_9_loses_nothing_acknowledged(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from types import ModuleType
 from pipeline.ledger import Ledger
 from pipeline.records import Event
 ledger = Ledger.open(Path(sys.argv[1]))
@@ -836,7 +834,6 @@ def test_only_what_another_process_added_is_parsed(path: Path, tmp_path: Path, p
     code = """
 import sys
 from pathlib import Path
-from types import ModuleType
 from pipeline.ledger import Ledger
 from pipeline.records import Event
 with Ledger.open(Path(sys.argv[1])) as ledger:

@@ -13,9 +13,11 @@ from histories import array_model, entries_of, make_step, prepare_step, start_hi
 from workspaces import draw_text, take_in
 
 from pipeline import preflight
+from pipeline.anchor import retain_passages
 from pipeline.errors import NotEnough
 from pipeline.estimate import Shape, model_size, salient_share, step_need
 from pipeline.files import append_line
+from pipeline.models import load_tokenizer
 from pipeline.preflight import estimate, require_stage, version_size
 from pipeline.resources import Room, free_disk, free_memory, lock_holder
 from pipeline.runlog import archive, read_events
@@ -137,6 +139,36 @@ def need(stage: str, **sections: dict[str, object]) -> int:
     return next(s.memory_bytes for s in found.stages if s.stage == stage)
 
 
+def test_predictions_are_kept_of_no_more_passages_than_there_are() -> None:
+    settings = Settings.model_validate({"unlearn": {"anchor_pool": 1000, "recited_openings": 0}})
+    of = {n: step_need(model_size(LLAMA), settings, retained=n) for n in (0, 10, 1000, 5000, None)}
+    length = settings.passages.prompt_tokens + settings.passages.continuation_tokens
+    assert of[10].disk_bytes - of[0].disk_bytes == 10 * length * settings.unlearn.anchor_top_k * 8
+    assert of[10].peak.memory_bytes < of[1000].peak.memory_bytes
+    assert of[1000] == of[5000] == of[None]
+
+
+def test_of_a_short_retain_text_little_is_kept(ws: Workspace, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fewer passages than are taken of it; a link that leads nowhere is told by what reads the text."""
+    ws.settings_file.write_text("[unlearn]\nanchor_pool = 100000\nrecited_openings = 0\n")
+    retain, tokenizer = ws.reference / "retain", load_tokenizer(model)
+    retain.mkdir(parents=True, exist_ok=True)
+    (retain / "gone.txt").symlink_to(retain / "nowhere.txt")
+    unlearn, settings = ws.settings().unlearn, ws.settings().passages
+    monkeypatch.setattr(preflight, "version_size", lambda *of: model_size(LLAMA))  # the store's has no vocabulary
+    each = 8 * (settings.prompt_tokens + settings.continuation_tokens) * unlearn.anchor_top_k
+    before = estimate(ws, entries_of(ws)).need.disk_bytes
+    for number, words in enumerate((0, 1, 40, 400, 4000)):
+        (retain / f"{number}.txt").write_text(draw_text("x", words) if words else "")
+        texts = {path.name: path.read_text() for path in retain.glob("*.txt") if path.is_file()}
+        kept = (estimate(ws, entries_of(ws)).need.disk_bytes - before) / each
+        assert (
+            len(retain_passages(tokenizer, texts, settings, 10**9))
+            <= kept
+            <= 1 + number + sum(len(text) for text in texts.values()) / settings.continuation_tokens
+        )
+
+
 def test_what_makes_a_stage_need_more() -> None:
     assert need("unlearn", runtime={"batch_tokens": 8192}) > need("unlearn")
     assert need("screening", runtime={"workers": 4}) > need("screening")
@@ -147,7 +179,7 @@ def test_what_makes_a_stage_need_more() -> None:
         "unlearn", unlearn=ours | {"recited_passages": 1}
     )
     more, less = ({**ours, "recited_openings": count} for count in (16_000, 0))
-    assert need("unlearn", unlearn=more) - need("unlearn", unlearn=less) > 1000 * 128 * 64 * 16
+    assert need("unlearn", unlearn=more) - need("unlearn", unlearn=less) > 1000 * 128 * 64 * 8
     plain = step_need(model_size(LLAMA), Settings())
     shared = step_need(model_size(LLAMA), Settings(), processes=2)
     more = {a.stage for a, b in zip(plain.stages, shared.stages, strict=True) if b.memory_bytes > a.memory_bytes}

@@ -18,12 +18,13 @@ so that what is unlikely anyway becomes more so, as in never-seen text: there th
 membership attacks look at (Min-K%, Shi et al., arXiv 2310.16789).
 
 The cross-entropy CE of what retain text really says is there because with KL alone the drift that is left counts
-against it, a little more with each step. Both together are least at the mixture (v0 + ε·truth) / (1 + ε): with ε = .05
+against it, a little more with each step. Both together are least at the mixture (v0 + ε·truth) / (1 + ε): with ε = .1
 nothing is learned by heart from it, however many steps there are.
 
 Requests of earlier takedowns that are above the target, or come to be while this one is worked on, are pushed like new
-ones. Of the others some passages are held in the same way to the log-odds that the parent gives their tokens: neither
-may a later step bring them back nor push them further down. (KL to the parent hardly weighs unlikely tokens, and in
+ones. Of the others some passages are held in the same way to what the parent gives their tokens, raised to the power
+that makes them as unlikely as never-seen text again: neither may a later step bring them back, and what is left of that
+the next one takes back, nor push them further down. (KL to the parent hardly weighs unlikely tokens, and in
 text that is out the true ones are unlikely: held by it they rose by .2 nats a step.)
 
 Ours; the parts have forerunners: unlikelihood (Welleck et al., arXiv 1908.04319) has the soft stop, ALKN (ICML 2025)
@@ -33,11 +34,13 @@ and contextual memorisation). Soft labels in the place of SSU's random ones; no 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 import torch
+import torch.nn.functional as F
 
 from pipeline.anchor import Anchor
 from pipeline.fit import REACHED, Fit, Trace
@@ -59,7 +62,7 @@ cost of a window for each."""
 MOST = 2.0
 """Largest κ: where a text is known from so little that it would need more, it is the context that is at fault."""
 DEEPER = 1.0
-"""Nats of log-odds by which a ceiling sinks that was reached and was not enough."""
+"""Nats of log-odds by which the ceilings of tokens sink that are at theirs and still the likeliest."""
 RAISED = 0.25
 """Weight of what is below the level, against what is above, while the passage is above on the mean: with as much a fit
 ends half-way. As soon as its mean is below, both count alike: with a quarter for ever four tokens in five end below,
@@ -168,9 +171,19 @@ def power(found: Mapping[Passage, torch.Tensor], never_seen: float | None) -> fl
 
 def ceilings(fit: Fit, passages: Sequence[Passage], random_: random.Random) -> dict[Passage, torch.Tensor]:
     """logit q_t^κ of every continuation token, under the model as it stands; see `Ceilings`."""
-    found = short_context(fit, passages, context_lengths(fit, passages, random_), random_)
+    return as_unlikely(fit, short_context(fit, passages, context_lengths(fit, passages, random_), random_))
+
+
+def as_unlikely(fit: Fit, found: Mapping[Passage, torch.Tensor]) -> dict[Passage, torch.Tensor]:
+    """logit q_t^κ of log q_t, (P,) float64 each: no likelier than never-seen text on the whole."""
     kappa = power(found, fit.never_seen_nll)
-    return {p: torch.logit(torch.exp(kappa * log_q), eps=1e-12).float() for p, log_q in found.items()}
+    return {p: logit_of(kappa * log_q) for p, log_q in found.items()}
+
+
+def logit_of(log_q: torch.Tensor) -> torch.Tensor:
+    """Log-odds of log-probabilities, float32 of float64; of nearly 1 those of 1 - 1e-12."""
+    log_q = log_q.clamp_max(math.log1p(-1e-12))
+    return (log_q - torch.log(-torch.expm1(log_q))).float()
 
 
 def risen(fit: Fit, passages: Sequence[Passage]) -> tuple[list[Passage], list[Passage]]:
@@ -204,11 +217,17 @@ def gaps(
     return torch.split(found, [len(w) for w in wanted])
 
 
-def backward_gap(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: Trace, raised: float = RAISED) -> float:
-    """Mean over tokens of how far their log-odds are above what is wanted, + ``raised`` times how far below; as far in
-    a passage that is below on the mean.
+def backward_gap(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: Trace, held: bool = False) -> float:
+    """Mean over tokens of how far their log-odds are above what is wanted, + how far below, times `RAISED` in a passage
+    that is above on the mean.
 
-    KL would not do: it hardly weighs the unlikely tokens, and in text that is out the true ones are unlikely.
+    Args:
+        fit: The model, and how it is batched.
+        passages: Whose tokens.
+        known: What is wanted of them, see `Ceilings`.
+        trace: Learns how far the passages are above, in nats a token.
+        held: They are to stay, not to sink: in a passage that is below on the mean it is what is above that counts
+            `RAISED` times. So the mean is brought back by a constant force, however small its drift.
     """
     tokens, trace.above = sum(len(p.continuation) for p in passages), 0.0
 
@@ -217,20 +236,36 @@ def backward_gap(fit: Fit, passages: Sequence[Passage], known: Ceilings, trace: 
         for gap in gaps(predictions, rows, passages, known):
             total = float(gap.detach().sum())
             trace.above += max(0.0, total) / tokens
-            losses.append(gap.clamp_min(0).sum() - (1.0 if total < 0 else raised) * gap.clamp_max(0).sum())
+            above, below = (RAISED if held else 1.0, 1.0) if total < 0 else (1.0, RAISED)
+            # ReLU, whose gradient at 0 is 0, where a clamp has 1: what is held begins there.
+            losses.append(above * F.relu(gap).sum() + below * F.relu(-gap).sum())
         return torch.stack(losses).sum() / tokens
 
     return backward_sum(fit, passages, share_of, trace)
 
 
-def reached(fit: Fit, passages: Sequence[Passage], known: Ceilings) -> list[Passage]:
-    """Those that have on the mean sunk to what is wanted, or nearly."""
-    found = []
+def still_said(fit: Fit, passages: Sequence[Passage], known: Ceilings) -> dict[Passage, torch.Tensor]:
+    """Which tokens are the likeliest still, (P,) bool, of those passages that are on the mean where they are wanted."""
+    found = {}
     with torch.inference_mode():
         for batch in batches(passages, fit.max_tokens, fit.pad_id, device_of(fit)):
-            parts = gaps(predict(fit.model, batch), batch.rows, passages, known)
-            found += [passages[i] for i, gap in zip(batch.rows, parts, strict=True) if gap.mean() <= REACHED]
+            predictions = predict(fit.model, batch)
+            parts = gaps(predictions, batch.rows, passages, known)
+            for row, (index, gap) in enumerate(zip(batch.rows, parts, strict=True)):
+                if gap.mean() <= REACHED:
+                    scored = predictions.scored[row]
+                    said = predictions.logits[row][scored].argmax(-1) == predictions.targets[row][scored]
+                    found[passages[index]] = said.cpu()
     return found
+
+
+def held_levels(fit: Fit, passages: Sequence[Passage]) -> dict[Passage, torch.Tensor]:
+    """What is wanted of passages that are out already: the log-odds that the model as it stands gives their tokens, as
+    unlikely as never-seen text; on hold, just those log-odds."""
+    found = log_odds_of(fit, passages)
+    free = {p: F.logsigmoid(odds.double()) for p, odds in found.items() if p.span.request_id not in fit.on_hold}
+    # To the first power nothing is computed anew: what is to stay starts at exactly what is wanted of it.
+    return found | as_unlikely(fit, free) if power(free, fit.never_seen_nll) > 1 else found
 
 
 def log_odds_of(fit: Fit, passages: Sequence[Passage]) -> dict[Passage, torch.Tensor]:
@@ -266,7 +301,7 @@ class ShortContext:
     Attributes:
         known: What is pushed down, and how far: this step's passages, and earlier ones that are above the target.
         again: Those earlier ones.
-        sunk: How often the ceilings of those known from the start have sunk.
+        sunk: How often the ceiling of each token of those known from the start has sunk.
         out: Requests of earlier takedowns.
     """
 
@@ -277,23 +312,25 @@ class ShortContext:
         up, low = risen(fit, fit.earlier)
         self.again = up
         self.known = {**ceilings(fit, fit.forget, self.drawn), **ceilings(fit, up, self.drawn)}
-        self.sunk, self.out = dict.fromkeys(self.known, 0), {p.span.request_id for p in fit.earlier}
+        self.sunk = {p: torch.zeros(len(wanted), dtype=torch.int64) for p, wanted in self.known.items()}
+        self.out = {p.span.request_id for p in fit.earlier}
         self.recited, self.other = fit.anchor.split()
         # A draw bounds the cost of a long history; what rises among the others is seen at the end of a round.
         self.low = drawn_evenly(low, fit.settings.replay_pool, self.drawn)
-        self.before = log_odds_of(fit, self.low)
+        self.before = held_levels(fit, self.low)
 
     def begin(self, trace: Trace) -> None:
         """Look, at the beginning of a further round, at what is left above the target.
 
         A ceiling is not always enough: where several tokens share what is left, the true one may still be the
-        likeliest. So those that were reached sink. What has come back meanwhile is pushed from now on.
+        likeliest. So the ceilings of those sink, and of no other token: else a text that is a little above the target
+        ends far below it. What has come back meanwhile is pushed from now on.
         """
         if trace.rounds == self.round:
             return
         self.round = trace.rounds
-        for p in reached(self.fit, [p for p in trace.left if p in self.known], self.known):
-            self._sink(p)
+        for p, said in still_said(self.fit, [p for p in trace.left if p in self.known], self.known).items():
+            self._sink(p, said)
         new = [p for p in trace.left if p not in self.known]
         self.known |= ceilings(self.fit, new, self.drawn)
         self.again += new
@@ -308,9 +345,9 @@ class ShortContext:
             trace.again |= self.out.intersection(p.span.request_id for p in again)
             loss += backward_gap(self.fit, again, self.known, trace)
         free = [p for p in self.low if p not in self.known]
-        still = random_.sample(free, min(settings.recited_passages, len(free)))
+        still = random_.sample(free, min(settings.replay_passages, len(free)))
         if still:
-            loss += backward_gap(self.fit, still, self.before, trace, raised=1.0)
+            loss += backward_gap(self.fit, still, self.before, trace, held=True)
         loss += backward_held(self.fit, self.recited, self.other, random_, trace)
         # Last, for what it leaves in the trace: a fit goes on while this step's own tokens are above where they belong.
         return loss + backward_gap(self.fit, passages, self.known, trace)
@@ -320,20 +357,21 @@ class ShortContext:
         are known from nothing else, and to write them down would be to write down its text."""
         if len(self.known) > len(self.sunk):
             return None
-        return {"sunk": list(self.sunk.values()), "round": self.round, "drawn": random_state(self.drawn)}
+        sunk = [times.tolist() for times in self.sunk.values()]
+        return {"sunk": sunk, "round": self.round, "drawn": random_state(self.drawn)}
 
     def set_state(self, numbers: Numbers) -> None:
         """The inverse of `state`."""
         for p, times in zip(self.sunk, numbers["sunk"], strict=True):
-            for _ in range(times):
-                self._sink(p)
+            self._sink(p, torch.tensor(times))
         self.round = numbers["round"]
         set_random_state(self.drawn, numbers["drawn"])
 
-    def _sink(self, passage: Passage) -> None:
-        self.known[passage] = self.known[passage] - DEEPER
+    def _sink(self, passage: Passage, times: torch.Tensor) -> None:
+        """Sink the ceiling of each token so many times, (P,) integers or bool."""
+        self.known[passage] = self.known[passage] - DEEPER * times
         if passage in self.sunk:
-            self.sunk[passage] += 1
+            self.sunk[passage] += times
 
 
 SHORT_CONTEXT = Method(
