@@ -202,6 +202,17 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     run = open_run(workspace_root, run_id)
     workspace, settings = run.workspace, run.settings
     texts: dict[str, dict[str, str]] = {kind: read_texts(workspace, kind) for kind in MEASURED}
+    folder = _measured_in(workspace, settings, texts)
+    if not (folder / "reference.json").is_file() and (earlier := _parents_measurement(run, texts)) is not None:
+        folder = earlier
+    if (folder / "reference.json").is_file():
+        return _noted(run, Reference.model_validate(read_json(folder / "reference.json")))
+    with timed(workspace, run_id, "reference"):
+        return _measured(run, folder, texts)
+
+
+def _measured_in(workspace: Workspace, settings: Settings, texts: Mapping[str, Mapping[str, str]]) -> Path:
+    """The folder of what v0 says of some texts under some settings, whether it is there or not."""
     parts = (settings.passages, settings.screen, settings.evaluate, settings.unlearn.anchor_top_k,
              settings.unlearn.anchor_pool)  # fmt: skip
     # Only where it counts: what was measured by a release that did not have it must be found, v0 may be purged.
@@ -210,11 +221,24 @@ def reference(workspace_root: str, run_id: str) -> Reference:
         VersionStore(workspace.versions).manifest(0).root, texts,
         [p if isinstance(p, int) else p.model_dump() for p in (*parts, *recited)],
     ]).removeprefix("sha256:")[:16]  # fmt: skip
-    folder = workspace.reference / "measured" / key
-    if (folder / "reference.json").is_file():
-        return _noted(run, Reference.model_validate(read_json(folder / "reference.json")))
-    with timed(workspace, run_id, "reference"):
-        return _measured(run, folder, texts)
+    return workspace.reference / "measured" / key
+
+
+def _parents_measurement(run: Run, texts: Mapping[str, Mapping[str, str]]) -> Path | None:
+    """Where v0 was purged, what the parent was measured by, if only how much is held to is another setting now.
+
+    A default that a release changes must not stop a lineage that cannot ask v0 any more.
+    """
+    workspace, settings = run.workspace, run.settings
+    with Ledger.open(workspace.ledger, read_only=True) as ledger:
+        entries = ledger.entries()
+    if 0 not in purged_versions(entries) or not run.plan.parent:
+        return None
+    recorded = VersionStore(workspace.versions, published_versions(entries)).manifest(run.plan.parent).settings
+    before = Settings.model_validate(recorded)
+    same = all(getattr(before, part) == getattr(settings, part) for part in ("passages", "screen", "evaluate"))
+    folder = _measured_in(workspace, before, texts)
+    return folder if same and (folder / "reference.json").is_file() else None
 
 
 def _measured(run: Run, folder: Path, texts: Mapping[str, Mapping[str, str]]) -> Reference:

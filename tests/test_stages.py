@@ -56,6 +56,7 @@ from pipeline.runlog import log_file, read_events
 from pipeline.runs import Plan, Run, open_run, plan_run
 from pipeline.sparse import load_mask
 from pipeline.states import current_version, request_states
+from pipeline.upkeep import purge
 from pipeline.verify import verify
 from pipeline.versions import VersionStore
 from pipeline.workspace import Workspace, open_workspace
@@ -1115,3 +1116,20 @@ def test_a_request_put_on_hold_in_the_middle_is_another_run(fresh: Workspace) ->
     note(fresh, event("hold", "A"))
     assert step(fresh) == Publication(outcome="nothing")
     assert states(fresh) == {"A": "waiting", "X": "not-memorised"}
+
+
+def test_a_lineage_whose_v0_was_purged_goes_on_with_what_was_measured(tmp_path: Path, model: Path) -> None:
+    """Where a release changes how much of v0 is kept; what a measurement means must be the same."""
+    published = copied(workspaces.published(model.parent), tmp_path / "ws")
+    before = sorted((published.reference / "measured").iterdir())
+    purge(published, 1, "tester", "retention")
+    take_in(published, "later", {"L": WORKS["three"]})
+    settings = workspaces.with_settings(unlearn={"anchor_pool": 7}, screen={"sigma": 2.5})
+    published.settings_file.write_text(workspaces.toml(settings))
+    with pytest.raises(UsageError, match="v0: was purged"):
+        step(published)
+    settings["screen"]["sigma"] = SETTINGS["screen"]["sigma"]
+    published.settings_file.write_text(workspaces.toml(settings))
+    publication = step(published)
+    assert publication is not None and publication.version == 2
+    assert sorted((published.reference / "measured").iterdir()) == before
