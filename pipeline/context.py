@@ -203,7 +203,7 @@ def reference(workspace_root: str, run_id: str) -> Reference:
     workspace, settings = run.workspace, run.settings
     texts: dict[str, dict[str, str]] = {kind: read_texts(workspace, kind) for kind in MEASURED}
     folder = _measured_in(workspace, settings, texts)
-    if not (folder / "reference.json").is_file() and (earlier := _parents_measurement(run, texts)) is not None:
+    if not (folder / "reference.json").is_file() and (earlier := _kept_measurement(run, texts)) is not None:
         folder = earlier
     if (folder / "reference.json").is_file():
         return _noted(run, Reference.model_validate(read_json(folder / "reference.json")))
@@ -224,21 +224,26 @@ def _measured_in(workspace: Workspace, settings: Settings, texts: Mapping[str, M
     return workspace.reference / "measured" / key
 
 
-def _parents_measurement(run: Run, texts: Mapping[str, Mapping[str, str]]) -> Path | None:
-    """Where v0 was purged, what the parent was measured by, if only how much is held to is another setting now.
+def _kept_measurement(run: Run, texts: Mapping[str, Mapping[str, str]]) -> Path | None:
+    """Where v0 was purged, what a version before was measured by, if only how much is held to is another setting now.
 
-    A default that a release changes must not stop a lineage that cannot ask v0 any more.
+    A default that a release changes must not stop a lineage that cannot ask v0 any more. Which one was used is in the
+    run's evidence (`_noted`).
     """
     workspace, settings = run.workspace, run.settings
     with Ledger.open(workspace.ledger, read_only=True) as ledger:
         entries = ledger.entries()
-    if 0 not in purged_versions(entries) or not run.plan.parent:
+    published = published_versions(entries)
+    if 0 not in purged_versions(entries):
         return None
-    recorded = VersionStore(workspace.versions, published_versions(entries)).manifest(run.plan.parent).settings
-    before = Settings.model_validate(recorded)
-    same = all(getattr(before, part) == getattr(settings, part) for part in ("passages", "screen", "evaluate"))
-    folder = _measured_in(workspace, before, texts)
-    return folder if same and (folder / "reference.json").is_file() else None
+    store = VersionStore(workspace.versions, published)
+    for version in reversed(ancestry(published, run.plan.parent)[1:]):  # v0 was made by no run
+        before = Settings.model_validate(store.manifest(version).settings)
+        same = all(getattr(before, part) == getattr(settings, part) for part in ("passages", "screen", "evaluate"))
+        folder = _measured_in(workspace, before, texts)
+        if same and (folder / "reference.json").is_file():
+            return folder
+    return None
 
 
 def _measured(run: Run, folder: Path, texts: Mapping[str, Mapping[str, str]]) -> Reference:

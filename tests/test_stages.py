@@ -1133,3 +1133,10 @@ def test_a_lineage_whose_v0_was_purged_goes_on_with_what_was_measured(tmp_path: 
     publication = step(published)
     assert publication is not None and publication.version == 2
     assert sorted((published.reference / "measured").iterdir()) == before
+    # The settings of v2's own run are not those that v0 was measured with: what counts is what there is.
+    take_in(published, "last", {"M": UNSEEN})
+    settings["unlearn"]["anchor_pool"] = 8
+    published.settings_file.write_text(workspaces.toml(settings))
+    answered = step(published)
+    assert answered is not None and answered.outcome == "nothing"
+    assert sorted((published.reference / "measured").iterdir()) == before

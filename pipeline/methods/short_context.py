@@ -171,11 +171,7 @@ def power(found: Mapping[Passage, torch.Tensor], never_seen: float | None) -> fl
 
 def ceilings(fit: Fit, passages: Sequence[Passage], random_: random.Random) -> dict[Passage, torch.Tensor]:
     """logit q_t^κ of every continuation token, under the model as it stands; see `Ceilings`."""
-    return as_unlikely(fit, short_context(fit, passages, context_lengths(fit, passages, random_), random_))
-
-
-def as_unlikely(fit: Fit, found: Mapping[Passage, torch.Tensor]) -> dict[Passage, torch.Tensor]:
-    """logit q_t^κ of log q_t, (P,) float64 each: no likelier than never-seen text on the whole."""
+    found = short_context(fit, passages, context_lengths(fit, passages, random_), random_)
     kappa = power(found, fit.never_seen_nll)
     return {p: logit_of(kappa * log_q) for p, log_q in found.items()}
 
@@ -264,8 +260,9 @@ def held_levels(fit: Fit, passages: Sequence[Passage]) -> dict[Passage, torch.Te
     unlikely as never-seen text; on hold, just those log-odds."""
     found = log_odds_of(fit, passages)
     free = {p: F.logsigmoid(odds.double()) for p, odds in found.items() if p.span.request_id not in fit.on_hold}
+    kappa = power(free, fit.never_seen_nll)
     # To the first power nothing is computed anew: what is to stay starts at exactly what is wanted of it.
-    return found | as_unlikely(fit, free) if power(free, fit.never_seen_nll) > 1 else found
+    return found | {p: logit_of(kappa * log_p) for p, log_p in free.items()} if kappa > 1 else found
 
 
 def log_odds_of(fit: Fit, passages: Sequence[Passage]) -> dict[Passage, torch.Tensor]:
