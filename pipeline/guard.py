@@ -45,7 +45,7 @@ from pipeline.errors import StoreDamaged, UsageError
 Ids = NDArray[np.int64]
 Level = Literal["letters", "tokens"]
 
-FORMAT = "takedown-guard-1"
+FORMAT = "takedown-guard-2"
 PARAMETERS, BITS = "guard.json", "guard.safetensors"
 
 REPLACEMENT = "\ufffd"
